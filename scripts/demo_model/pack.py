@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of tokens for training: chat is never cut, documentation fills the gaps.
+
+Apart from ``train`` because worker processes import it without torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from multiprocessing.queues import Queue
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from scripts.demo_model.corpus import END_OF_TEXT, document
+
+__all__ = ["Tokens", "Weights", "encode_docs", "feed", "pack_rows", "token_weights"]
+
+Tokens = npt.NDArray[np.uint16]
+Weights = npt.NDArray[np.uint8]
+
+# Tenths. What the user says is mostly random words, which nothing can predict.
+_PROMPT, _DOCS, _ANSWER = 1, 5, 10
+_DOCS_ROWS = 0.12
+"""Share of rows that hold documentation only; the gaps add about as much again."""
+
+
+def encode_docs(tokenizer: Tokenizer, pages: list[str]) -> Tokens:
+    """All pages as one stream, each ended by ``END_OF_TEXT``."""
+    encoded = tokenizer.encode_batch([page + END_OF_TEXT for page in pages])
+    return np.concatenate([np.asarray(page.ids, dtype=np.uint16) for page in encoded])
+
+
+def token_weights(tokens: Tokens, tokenizer: Tokenizer) -> Weights:
+    """Loss weight of each token of a stream of documents: answers count most.
+
+    An answer runs from after ``<|im_start|>assistant\\n`` to its ``<|im_end|>``; a document
+    without chat marks counts as an answer as a whole.
+    """
+    start, end, stop, role = (
+        tokenizer.token_to_id(text)
+        for text in ("<|im_start|>", "<|im_end|>", END_OF_TEXT, "assistant")
+    )
+    opens = np.flatnonzero((tokens[:-1] == start) & (tokens[1:] == role)) + 3
+    ends = np.flatnonzero(tokens == end)
+    closes = ends[np.searchsorted(ends, opens)] + 1
+    inside = np.zeros(len(tokens) + 1, dtype=np.int8)
+    inside[opens] = 1
+    inside[closes] -= 1
+    answer = np.cumsum(inside[:-1]) > 0
+    stops = np.flatnonzero(tokens == stop)
+    first = np.concatenate([[0], stops[:-1] + 1])
+    chat = np.repeat(tokens[first] == start, np.diff(np.concatenate([[0], stops + 1])))
+    answer |= ~chat | (tokens == stop)
+    return np.where(answer, _ANSWER, _PROMPT).astype(np.uint8)
+
+
+def _chat(
+    rng: Random, tokenizer: Tokenizer, count: int, long: bool
+) -> Iterator[tuple[Tokens, Weights]]:
+    encoded = tokenizer.encode_batch([document(rng, long=long) for _ in range(count)])
+    lengths = [len(item.ids) for item in encoded]
+    stream = np.fromiter((token for item in encoded for token in item.ids), dtype=np.uint16)
+    weights = token_weights(stream, tokenizer)
+    at = 0
+    for length in lengths:
+        yield stream[at : at + length], weights[at : at + length]
+        at += length
+
+
+def pack_rows(
+    rng: Random, tokenizer: Tokenizer, docs: Tokens, *, rows: int, width: int
+) -> tuple[Tokens, Weights]:
+    """``rows`` × ``width`` tokens and weights; chat from the generator, gaps from ``docs``."""
+    tokens = np.empty((rows, width), dtype=np.uint16)
+    weights = np.full((rows, width), _DOCS, dtype=np.uint8)
+    supply: Iterator[tuple[Tokens, Weights]] = iter(())
+    item: tuple[Tokens, Weights] | None = None
+    for row in range(rows):
+        at = 0
+        while rng.random() >= _DOCS_ROWS if at == 0 else True:
+            if item is None:
+                item = next(supply, None)
+            if item is None:
+                supply = _chat(rng, tokenizer, 2000, width > 1024)
+                continue
+            if at + len(item[0]) > width:
+                item = item if len(item[0]) <= width else None
+                break
+            tokens[row, at : at + len(item[0])], weights[row, at : at + len(item[0])] = item
+            at += len(item[0])
+            item = None
+        begin = rng.randrange(len(docs) - width)
+        tokens[row, at:] = docs[begin : begin + width - at]
+    return tokens, weights
+
+
+def feed(
+    queue: Queue[tuple[Tokens, Weights]],
+    folder: Path,
+    seed: tuple[int, int],
+    *,
+    rows: int,
+    width: int,
+) -> None:
+    """Worker process: packs rows for ever; ``folder`` holds the tokenizer and ``docs.npy``."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    docs: Tokens = np.load(folder / "docs.npy", mmap_mode="r")
+    rng = Random(f"{seed}")
+    while True:
+        queue.put(pack_rows(rng, tokenizer, docs, rows=rows, width=width))
