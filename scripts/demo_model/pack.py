@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from multiprocessing.queues import Queue
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from random import Random
 
@@ -18,15 +19,15 @@ from tokenizers import Tokenizer
 
 from scripts.demo_model.corpus import END_OF_TEXT, document
 
-__all__ = ["Tokens", "Weights", "encode_docs", "feed", "pack_rows", "token_weights"]
+__all__ = ["Tokens", "Weights", "chat_stream", "encode_docs", "feed", "pack_rows", "token_weights"]
 
 Tokens = npt.NDArray[np.uint16]
 Weights = npt.NDArray[np.uint8]
 
 # Tenths. What the user says is mostly random words, which nothing can predict.
 _PROMPT, _DOCS, _ANSWER = 1, 5, 10
-_DOCS_ROWS = 0.12
-"""Share of rows that hold documentation only; the gaps add about as much again."""
+_DOCS_ROWS = 0.06
+"""Share of rows that hold documentation only; the gaps add twice as much again."""
 
 
 def encode_docs(tokenizer: Tokenizer, pages: list[str]) -> Tokens:
@@ -59,41 +60,35 @@ def token_weights(tokens: Tokens, tokenizer: Tokenizer) -> Weights:
     return np.where(answer, _ANSWER, _PROMPT).astype(np.uint8)
 
 
-def _chat(
-    rng: Random, tokenizer: Tokenizer, count: int, long: bool
+def chat_stream(
+    rng: Random, tokenizer: Tokenizer, *, long: bool
 ) -> Iterator[tuple[Tokens, Weights]]:
-    encoded = tokenizer.encode_batch([document(rng, long=long) for _ in range(count)])
-    lengths = [len(item.ids) for item in encoded]
-    stream = np.fromiter((token for item in encoded for token in item.ids), dtype=np.uint16)
-    weights = token_weights(stream, tokenizer)
-    at = 0
-    for length in lengths:
-        yield stream[at : at + length], weights[at : at + length]
-        at += length
+    """Tokens and weights of one generated document after the other, without end."""
+    while True:
+        encoded = tokenizer.encode_batch([document(rng, long=long) for _ in range(1000)])
+        stream = np.fromiter((token for item in encoded for token in item.ids), dtype=np.uint16)
+        weights = token_weights(stream, tokenizer)
+        at = 0
+        for item in encoded:
+            end = at + len(item.ids)
+            yield stream[at:end], weights[at:end]
+            at = end
 
 
 def pack_rows(
-    rng: Random, tokenizer: Tokenizer, docs: Tokens, *, rows: int, width: int
+    chat: Iterator[tuple[Tokens, Weights]], docs: Tokens, rng: Random, *, rows: int, width: int
 ) -> tuple[Tokens, Weights]:
-    """``rows`` × ``width`` tokens and weights; chat from the generator, gaps from ``docs``."""
+    """``rows`` × ``width`` tokens and weights; gaps after whole ``chat`` come from ``docs``."""
     tokens = np.empty((rows, width), dtype=np.uint16)
     weights = np.full((rows, width), _DOCS, dtype=np.uint8)
-    supply: Iterator[tuple[Tokens, Weights]] = iter(())
-    item: tuple[Tokens, Weights] | None = None
+    item = next(chat)
     for row in range(rows):
-        at = 0
-        while rng.random() >= _DOCS_ROWS if at == 0 else True:
-            if item is None:
-                item = next(supply, None)
-            if item is None:
-                supply = _chat(rng, tokenizer, 2000, width > 1024)
-                continue
-            if at + len(item[0]) > width:
-                item = item if len(item[0]) <= width else None
-                break
-            tokens[row, at : at + len(item[0])], weights[row, at : at + len(item[0])] = item
-            at += len(item[0])
-            item = None
+        at, only_docs = 0, rng.random() < _DOCS_ROWS
+        while not only_docs and (end := at + len(item[0])) <= width:
+            tokens[row, at:end], weights[row, at:end] = item
+            at, item = end, next(chat)
+        if len(item[0]) > width:
+            item = next(chat)
         begin = rng.randrange(len(docs) - width)
         tokens[row, at:] = docs[begin : begin + width - at]
     return tokens, weights
@@ -103,14 +98,19 @@ def feed(
     queue: Queue[tuple[Tokens, Weights]],
     folder: Path,
     seed: tuple[int, int],
-    *,
-    rows: int,
-    width: int,
+    width: Synchronized[int],
+    batch_tokens: int,
 ) -> None:
-    """Worker process: packs rows for ever; ``folder`` holds the tokenizer and ``docs.npy``."""
+    """Worker process: packs batches for ever, in rows of the current ``width``.
+
+    ``folder`` holds ``tokenizer.json`` and ``docs.npy``.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    docs: Tokens = np.load(folder / "docs.npy", mmap_mode="r")
+    docs: Tokens = np.load(folder / "docs.npy")
     rng = Random(f"{seed}")
+    chats = {long: chat_stream(rng, tokenizer, long=long) for long in (False, True)}
     while True:
-        queue.put(pack_rows(rng, tokenizer, docs, rows=rows, width=width))
+        row = width.value
+        rows = batch_tokens // row
+        queue.put(pack_rows(chats[row > 1024], docs, rng, rows=rows, width=row))

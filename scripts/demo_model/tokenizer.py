@@ -86,7 +86,15 @@ def train_tokenizer(pages: list[str], seed: int = 0) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_sample_text(pages, seed), trainer)
-    return tokenizer
+    return _show_tool_marks(tokenizer)
+
+
+def _show_tool_marks(tokenizer: Tokenizer) -> Tokenizer:
+    """Decoding drops special tokens; the tool-call marks belong to the answer and must stay."""
+    data = json.loads(tokenizer.to_str())
+    for entry in data["added_tokens"]:
+        entry["special"] = "tool_call" not in entry["content"]
+    return Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -97,7 +105,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
         "pad_token": END_OF_TEXT,
-        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
         "model_max_length": 2048,
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
