@@ -61,6 +61,8 @@ class ScheduleBatch:
             ``None`` = all.
         prompt_logprob_start: ``[B]`` int32 first new token whose prediction is wanted (as
             prompt logprobs), −1 for none; ``None`` = none for all.
+        next_prompt_token: ``[B]`` int64 prompt token that follows this pass's last one, −1
+            where the prompt ends; needed only beside ``prompt_logprob_start``.
         table_update: Cached prefixes that joined since the last pass.
         capture_hidden: Which hidden states to keep.
     """
@@ -76,6 +78,7 @@ class ScheduleBatch:
     token_on_device: npt.NDArray[np.bool_] | None = None
     sample: npt.NDArray[np.bool_] | None = None
     prompt_logprob_start: Int32Array | None = None
+    next_prompt_token: Int64Array | None = None
     table_update: TableUpdate | None = None
     capture_hidden: CaptureHiddenMode = CaptureHiddenMode.NULL
 

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention on the host through torch's fused kernel.
+
+Decode gathers the keys and values of all requests of similar length and makes one fused call
+for them; extend makes one fused call per request, which is where the time goes anyway.
+
+Shapes: T new tokens, B requests, L padded length, H query heads, K key/value heads.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SdpaAttention", "providers"]
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from bedplate.batch.forward_batch import ForwardBatch
+from bedplate.contract import (
+    AttentionBackend,
+    AttentionBuild,
+    AttentionCallSpec,
+    AttentionProvider,
+    AttentionRequest,
+    Support,
+)
+from bedplate.reference.attention import store, visible
+
+_WASTE = 1.5
+"""Requests share a gather while the longest is at most so many times the shortest."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Decode requests of similar length.
+
+    Attributes:
+        rows: ``[b]`` int64 rows of the batch.
+        slots: ``[b, L]`` int64; the tail of shorter requests repeats slot 0.
+        query_pos: ``[b]`` position of the new token.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    query_pos: Tensor
+
+
+def providers() -> list[AttentionProvider]:
+    """What this backend offers."""
+    return [
+        AttentionProvider(
+            name="sdpa", provider="cpu", priority=100, supports=_supports, build=SdpaAttention
+        )
+    ]
+
+
+def _supports(request: AttentionRequest) -> Support:
+    for call in request.calls:
+        if call.softcap is not None:
+            return Support.no(f"{call.module} caps its scores, which the fused call cannot")
+        if call.sinks:
+            return Support.no(f"{call.module} has sinks, which the fused call cannot")
+    return Support.yes("one fused call for all decode requests")
+
+
+class SdpaAttention(AttentionBackend):
+    """Fused attention over gathered pages."""
+
+    def __init__(self, build: AttentionBuild) -> None:
+        self._pool = build.kv_pool
+        self._req_to_token = build.req_to_token
+        self._groups: list[_Group] = []
+        self._masks: dict[tuple[int | None, int | None], list[Tensor]] = {}
+        self._slots: list[Tensor] = []
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        """Look up the slots once for all layers; masks are made when first needed."""
+        self._masks.clear()
+        if batch.mode.is_decode():
+            self._groups = [self._group(batch, rows) for rows in _similar(batch.seq_lens_cpu)]
+        else:
+            self._slots = self._lookup(batch)
+
+    def forward_decode(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec,
+        batch: ForwardBatch, *, sinks: Tensor | None = None,
+    ) -> Tensor:
+        """One fused call per group of similar lengths."""
+        store(self._pool, k, v, call, batch)
+        masks = self._decode_masks(call)
+        if len(self._groups) == 1:
+            return self._decode_group(q, call, self._groups[0], masks[0])
+        out = q.new_empty((q.shape[0], call.num_heads, call.value_dim))
+        for group, mask in zip(self._groups, masks, strict=True):
+            out[group.rows] = self._decode_group(q[group.rows], call, group, mask)
+        return out
+
+    def forward_extend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec,
+        batch: ForwardBatch, *, sinks: Tensor | None = None,
+    ) -> Tensor:
+        """One fused call per request."""
+        store(self._pool, k, v, call, batch)
+        out = q.new_zeros((q.shape[0], call.num_heads, call.value_dim))
+        start = 0
+        for slots, count in zip(self._slots, _counts(batch), strict=True):
+            if count:
+                rows = slice(start, start + count)
+                fresh = None if k is None or v is None or count < len(slots) else (k[rows], v[rows])
+                out[rows] = self._extend_one(q[rows], call, slots, fresh)
+            start += count
+        return out
+
+    def _group(self, batch: ForwardBatch, rows: Tensor) -> _Group:
+        lengths = batch.seq_lens_cpu[rows].long()
+        longest = int(lengths.max())
+        table = self._req_to_token[batch.req_pool_indices[rows].long(), :longest].long()
+        table.masked_fill_(torch.arange(longest) >= lengths[:, None], 0)
+        return _Group(rows, table, lengths - 1)
+
+    def _lookup(self, batch: ForwardBatch) -> list[Tensor]:
+        rows, lengths = batch.req_pool_indices.tolist(), batch.seq_lens_cpu.tolist()
+        return [
+            self._req_to_token[row, :length].long()
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+
+    def _decode_masks(self, call: AttentionCallSpec) -> list[Tensor]:
+        key = (call.window, call.chunk)
+        if key not in self._masks:
+            self._masks[key] = [_decode_mask(group, call) for group in self._groups]
+        return self._masks[key]
+
+    def _decode_group(
+        self, q: Tensor, call: AttentionCallSpec, group: _Group, mask: Tensor
+    ) -> Tensor:
+        shape = (*group.slots.shape, call.num_kv_heads, -1)
+        flat = group.slots.view(-1)
+        keys = self._pool.key(call.cache_id).index_select(0, flat).view(shape)
+        if call.value_in_key:
+            values = keys[..., : call.value_dim]
+        else:
+            values = self._pool.value(call.cache_id).index_select(0, flat).view(shape)
+        # Query heads of one key/value head become rows of one small matrix: no repetition.
+        groups = call.num_heads // call.num_kv_heads
+        packed = q.reshape(q.shape[0], call.num_kv_heads, groups, call.head_dim)
+        out = scaled_dot_product_attention(
+            packed,
+            keys.transpose(1, 2).to(q.dtype),
+            values.transpose(1, 2).to(q.dtype),
+            attn_mask=mask.to(q.dtype),
+            scale=call.scale,
+        )
+        return out.reshape(q.shape[0], call.num_heads, call.value_dim)
+
+    def _extend_one(
+        self, q: Tensor, call: AttentionCallSpec, slots: Tensor,
+        fresh: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        if fresh is not None:
+            keys, values = fresh
+        else:
+            keys = self._pool.key(call.cache_id).index_select(0, slots).to(q.dtype)
+            values = self._pool.value(call.cache_id).index_select(0, slots).to(q.dtype)
+        count, length = q.shape[0], len(slots)
+        plain = call.causal and call.window is None and call.chunk is None
+        whole = plain and count == length
+        mask = None
+        if not whole:
+            positions = torch.arange(length)
+            mask = visible(positions[length - count :], positions, call)
+        out = scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            attn_mask=mask,
+            is_causal=whole,
+            scale=call.scale,
+            enable_gqa=call.num_heads != call.num_kv_heads,
+        )
+        return out[0].transpose(0, 1)
+
+
+def _counts(batch: ForwardBatch) -> list[int]:
+    extend = batch.extend
+    counts: list[int] = [1] * batch.batch_size if extend is None else extend.seq_lens_cpu.tolist()
+    return counts
+
+
+def _similar(lengths: Tensor) -> list[Tensor]:
+    """Rows grouped so that padding stays below ``_WASTE``; one group if that is good enough."""
+    total, longest, size = int(lengths.sum()), int(lengths.max()), len(lengths)
+    if longest * size <= _WASTE * total:
+        return [torch.arange(size)]
+    order = torch.argsort(lengths.long())
+    groups, begin = [], 0
+    ordered = lengths[order].tolist()
+    for end in range(1, size + 1):
+        if end == size or ordered[end] > _WASTE * max(ordered[begin], 32):
+            groups.append(order[begin:end])
+            begin = end
+    return groups
+
+
+def _decode_mask(group: _Group, call: AttentionCallSpec) -> Tensor:
+    """``[b, 1, 1, L]`` additive mask of one group."""
+    keys = torch.arange(group.slots.shape[1])[None]
+    query = group.query_pos[:, None]
+    seen = keys <= query
+    if call.window is not None:
+        seen &= keys > query - call.window
+    if call.chunk is not None:
+        seen &= keys // call.chunk == query // call.chunk
+    return torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, None, None]

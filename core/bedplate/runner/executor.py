@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelExecutor: runs the scheduler's batches with a model and brings the tokens back.
+
+Implements ``batch.step.StepExecutor``.  Nothing here waits for the device except
+``PendingStep.wait``: sampled tokens stay in a device table, one entry per request row, where
+the next step finds them.
+
+Shapes: B requests, R rows of logits, S rows that sample.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ModelExecutor"]
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bedplate.batch.step import StepOutput, TokenLogprobs
+from bedplate.runner.sampler import Sampler
+from bedplate.runner.sampling import NOT_A_NUMBER, logprobs_of
+from bedplate.runner.staging import Staging, logits_rows
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.batch.schedule_batch import ScheduleBatch
+    from bedplate.contract.runtime import Event
+    from bedplate.runner.model_runner import ModelRunner
+    from bedplate.runner.sampling_params import SamplingParams
+
+    Int64Array = npt.NDArray[np.int64]
+
+_BAD_LOGITS = (
+    "the model's logits are not numbers for this request; try --dtype float32, and check the "
+    "checkpoint with `bedplate generate --load-format safetensors`"
+)
+
+
+class ModelExecutor:
+    """One model on one device.
+
+    Args:
+        runner: An initialized ``ModelRunner``.
+        eos_token_ids: Tokens that ``min_tokens`` forbids, besides a request's own.
+    """
+
+    def __init__(self, runner: ModelRunner, eos_token_ids: tuple[int, ...]) -> None:
+        memory = runner.bound.capabilities.memory
+        self._runner = runner
+        self._runtime = runner.bound.runtime
+        self._asynchronous = memory.asynchronous
+        table = runner.req_to_token_pool.req_to_token
+        self._staging = Staging(
+            self._runtime, table, getattr(torch, memory.index_dtype), unified=memory.unified
+        )
+        self._sampler = Sampler(table.shape[0], eos_token_ids, self._runtime.device)
+        self._last_tokens = torch.zeros(
+            table.shape[0], dtype=torch.int64, device=self._runtime.device
+        )
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the device works on while the host plans."""
+        return self._asynchronous
+
+    def set_request(self, row: int, params: SamplingParams, prompt_len: int) -> None:
+        """Sampling settings of the request that now owns ``row``."""
+        self._sampler.set_request(row, params, prompt_len)
+
+    def launch(self, batch: ScheduleBatch) -> _Pending:
+        """Queue one pass."""
+        with self._runtime.inference_guard():
+            rows = logits_rows(batch)
+            forward_batch = self._staging.stage(batch, rows)
+            if batch.token_on_device is not None:
+                forward_batch = self._fill_tokens(forward_batch, batch)
+            output, graph, reason = self._runner.run(forward_batch)
+            logits = output.next_token_logits
+            picked = _sampled(batch, rows)
+            own = logits if picked.logits is None else logits[_to(picked.logits, logits)]
+            tokens = self._sampler.sample(own, batch, picked.requests)
+            self._keep(tokens, forward_batch, picked)
+            return _Pending(
+                batch_size=batch.batch_size,
+                requests=picked.requests,
+                tokens=self._to_host(tokens),
+                event=self._runtime.record_event(),
+                logprobs=self._logprobs(own, tokens, batch, picked.requests),
+                prompt=self._prompt_logprobs(logits, batch, rows),
+                graph=graph,
+                graph_reason=reason,
+            )
+
+    def _fill_tokens(self, forward_batch: ForwardBatch, batch: ScheduleBatch) -> ForwardBatch:
+        """Take the input tokens that have not reached the host from the device's table."""
+        flags = batch.token_on_device
+        assert flags is not None
+        device = forward_batch.input_ids.device
+        latest = self._last_tokens[forward_batch.req_pool_indices.long()]
+        if batch.extend_seq_lens is None:
+            if flags.all():
+                return replace(forward_batch, input_ids=latest)
+            known = torch.from_numpy(~flags).to(device, non_blocking=True)
+            return replace(
+                forward_batch, input_ids=torch.where(known, forward_batch.input_ids, latest)
+            )
+        ends = np.cumsum(batch.extend_seq_lens, dtype=np.int64) - 1
+        chosen = torch.from_numpy(np.flatnonzero(flags)).to(device, non_blocking=True)
+        places = torch.from_numpy(ends[flags]).to(device, non_blocking=True)
+        return replace(
+            forward_batch,
+            input_ids=forward_batch.input_ids.index_copy(0, places, latest[chosen]),
+        )
+
+    def _keep(self, tokens: Tensor, forward_batch: ForwardBatch, picked: _Sampled) -> None:
+        rows = forward_batch.req_pool_indices
+        if len(picked.requests) != len(rows):
+            rows = rows[_to(picked.requests, rows)]
+        self._last_tokens.index_copy_(0, rows.long(), tokens.clamp(min=0))
+
+    def _to_host(self, tokens: Tensor) -> Tensor:
+        if tokens.device.type == "cpu":
+            return tokens
+        host = self._runtime.empty_host(tokens.numel() * 8).view(torch.int64)
+        host.copy_(tokens, non_blocking=True)
+        return host
+
+    def _logprobs(
+        self, logits: Tensor, tokens: Tensor, batch: ScheduleBatch, requests: Int64Array
+    ) -> _Logprobs | None:
+        wanted = self._sampler.logprobs[batch.req_pool_indices[requests]]
+        index = np.flatnonzero(wanted >= 0)
+        if not len(index):
+            return None
+        chosen = _to(index, logits)
+        parts = logprobs_of(logits[chosen], tokens[chosen], int(wanted.max()))
+        return _Logprobs(requests[index], wanted[index], (tokens[chosen], *parts))
+
+    def _prompt_logprobs(
+        self, logits: Tensor, batch: ScheduleBatch, rows: Int64Array | None
+    ) -> dict[int, _Logprobs]:
+        starts = batch.prompt_logprob_start
+        if starts is None or rows is None or batch.extend_seq_lens is None:
+            return {}
+        found = {}
+        ends = np.cumsum(batch.extend_seq_lens, dtype=np.int64)
+        for request in np.flatnonzero(starts >= 0).tolist():
+            end, count = int(ends[request]), int(batch.extend_seq_lens[request])
+            begin = end - count + int(starts[request])
+            targets = batch.input_ids[begin + 1 : end]
+            if batch.next_prompt_token is not None and batch.next_prompt_token[request] >= 0:
+                targets = np.append(targets, batch.next_prompt_token[request])
+            if not len(targets):
+                continue
+            places = np.searchsorted(rows, np.arange(begin, begin + len(targets)))
+            tokens = torch.from_numpy(np.ascontiguousarray(targets)).to(logits.device)
+            top = max(0, int(self._sampler.prompt_logprobs[batch.req_pool_indices[request]]))
+            parts = logprobs_of(logits[_to(places, logits)], tokens, top)
+            found[request] = _Logprobs(
+                np.full(len(targets), request), np.full(len(targets), top), (tokens, *parts)
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """Which rows sample: rows of the logits (``None`` = all), and rows of the batch."""
+
+    logits: Int64Array | None
+    requests: Int64Array
+
+
+def _sampled(batch: ScheduleBatch, rows: Int64Array | None) -> _Sampled:
+    if batch.sample is None:
+        requests: Int64Array = np.arange(batch.batch_size, dtype=np.int64)
+    else:
+        requests = np.flatnonzero(batch.sample)
+    if rows is None:
+        return _Sampled(None if batch.sample is None else requests, requests)
+    if len(rows) == len(requests):
+        return _Sampled(None, requests)
+    assert batch.extend_seq_lens is not None
+    ends = np.cumsum(batch.extend_seq_lens, dtype=np.int64) - 1
+    return _Sampled(np.searchsorted(rows, ends[requests]), requests)
+
+
+def _to(index: Int64Array, like: Tensor) -> Tensor:
+    return torch.from_numpy(index).to(like.device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    """Log-probabilities on their way to the host.
+
+    Attributes:
+        requests: ``[n]`` rows of the batch.
+        top: ``[n]`` how many of the best each row asked for.
+        tensors: tokens ``[n]``, own ``[n]``, best ``[n, k]``, ids ``[n, k]``; device.
+    """
+
+    requests: Int64Array
+    top: Int64Array
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    def read(self) -> list[TokenLogprobs]:
+        """One entry per row; waits for the device."""
+        tokens, own, best, ids = (tensor.tolist() for tensor in self.tensors)
+        return [
+            TokenLogprobs(
+                token_id=token, logprob=value, top=tuple(zip(i[:k], b[:k], strict=True))
+            )
+            for token, value, b, i, k in zip(tokens, own, best, ids, self.top.tolist(), strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pending:
+    """Tokens on their way to the host."""
+
+    batch_size: int
+    requests: Int64Array
+    tokens: Tensor
+    event: Event
+    logprobs: _Logprobs | None
+    prompt: dict[int, _Logprobs]
+    graph: int | None
+    graph_reason: str
+
+    def ready(self) -> bool:
+        """Whether the tokens have arrived."""
+        return self.event.query()
+
+    def wait(self) -> StepOutput:
+        """The tokens, once they have arrived."""
+        self.event.synchronize()
+        tokens = np.full(self.batch_size, -1, np.int64)
+        tokens[self.requests] = self.tokens.numpy()
+        errors = None
+        bad = tokens == NOT_A_NUMBER
+        if bad.any():
+            errors = dict.fromkeys(np.flatnonzero(bad).tolist(), _BAD_LOGITS)
+            tokens[bad] = -1
+        logprobs = None
+        if self.logprobs is not None:
+            rows = self.logprobs.requests.tolist()
+            logprobs = dict(zip(rows, self.logprobs.read(), strict=True))
+        prompt = {row: part.read() for row, part in self.prompt.items()}
+        return StepOutput(
+            next_token_ids=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt or None,
+            errors=errors,
+            graph=self.graph,
+            graph_reason=self.graph_reason,
+        )
