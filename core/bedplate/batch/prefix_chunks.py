@@ -52,7 +52,7 @@ class PrefixChunks:
     kv_indices: tuple[Tensor, ...]
 
     def __len__(self) -> int:
-        """n."""
+        """Number of chunks."""
         return len(self.num_tokens)
 
 
@@ -87,12 +87,15 @@ def plan_prefix_chunks(
         )  # fmt: skip
     chunk_len = capacity // max(size, 1)
     longest = int(prefix_lens_cpu.max()) if size else 0
-    starts, lens = get_prefix_chunk_seq_lens(prefix_lens_cpu, -(-longest // chunk_len), chunk_len)
+    starts, lens = get_prefix_chunk_seq_lens(
+        prefix_lens_cpu, -(-longest // chunk_len), chunk_len
+    )
     cu_lens = torch.zeros((len(lens), size + 1), dtype=torch.int32)
     torch.cumsum(lens, 1, dtype=torch.int32, out=cu_lens[:, 1:])
     num_tokens = tuple(cu_lens[:, -1].tolist())
     packed = torch.cat([starts, lens, cu_lens], 1).to(req_to_token.device, non_blocking=True)
-    starts, device_lens, cu_lens = packed.split([size, size, size + 1], 1)
+    starts, device_lens = packed[:, :size], packed[:, size : 2 * size]
+    cu_lens = packed[:, 2 * size :]
     return PrefixChunks(
         starts=starts,
         seq_lens=device_lens,
