@@ -147,6 +147,14 @@ class AttentionBackend(ABC):
         Must not allocate outside the graph's pool, synchronise or read the host.
         """
 
+    def graph_key(self, batch: ForwardBatch) -> tuple[int, ...]:
+        """Python integers that reach kernels in a graph and vary with the batch. Optional.
+
+        A graph is replayed only for batches whose integers equal those of its capture; called
+        once or twice per step with the unpadded batch, so it must be quick.
+        """
+        return ()
+
     @abstractmethod
     def forward_extend(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec,

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Recorded graphs: which sizes, static input slots, capture, choice and replay."""

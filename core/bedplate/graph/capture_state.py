@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Process-wide conditions of capturing: the flag that models read, and the garbage collector.
+
+Apart from the runner because models and memory pools ask for the flag (to fork a side stream
+only while capturing) and must not import the runner for that.
+"""
+
+from __future__ import annotations
+
+__all__ = ["freeze_gc", "get_is_capture_mode", "model_capture_mode"]
+
+import gc
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_capturing: ContextVar[bool] = ContextVar("bedplate_graph_capturing", default=False)
+
+
+def get_is_capture_mode() -> bool:
+    """Whether the current thread or task is capturing a graph (warm-ups included)."""
+    return _capturing.get()
+
+
+@contextmanager
+def model_capture_mode() -> Iterator[None]:
+    """Set the flag for a block; the former value returns whatever the block raises."""
+    token = _capturing.set(True)
+    try:
+        yield
+    finally:
+        _capturing.reset(token)
+
+
+@contextmanager
+def freeze_gc(enable_gc: bool = False) -> Iterator[None]:
+    """Keep the collector from walking every live object between captures.
+
+    One full collection comes first, so that nothing collectable is frozen, and one last, for
+    what the captures left.  A block inside a frozen one leaves thawing to the outer.
+
+    Args:
+        enable_gc: Leave the collector alone in between.
+    """
+    gc.collect()
+    owner = not enable_gc and gc.get_freeze_count() == 0
+    if not enable_gc:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if owner:
+            gc.unfreeze()
+            gc.collect()
