@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention on the host through torch's fused kernel.
+"""Attention on the host.
 
-Decode gathers the keys and values of all requests of similar length and makes one fused call
-for them; extend makes one fused call per request, which is where the time goes anyway.
+Extend makes one fused torch call per request, which is where the time goes anyway.  Decode has
+two forms: ``native`` reads the paged cache in place with a kernel in C, and ``sdpa`` gathers
+the pages of requests of similar length and makes one fused torch call for them.
 
 Shapes: T new tokens, B requests, L padded length, H query heads, K key/value heads.
 """
 
 from __future__ import annotations
 
-__all__ = ["SdpaAttention", "providers"]
+__all__ = ["NativeAttention", "SdpaAttention", "providers"]
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +28,11 @@ from bedplate.contract import (
     AttentionRequest,
     Support,
 )
-from bedplate.reference.attention import store, visible
+from bedplate.reference.attention import attend, store, visible
+from bedplate_cpu import native
+
+_MAX_GROUP, _MAX_DIM = 64, 1024
+"""Sizes of the native kernel's stack buffers."""
 
 _WASTE = 1.5
 """Requests share a gather while the longest is at most so many times the shortest."""
@@ -51,18 +57,40 @@ def providers() -> list[AttentionProvider]:
     """What this backend offers."""
     return [
         AttentionProvider(
-            name="sdpa", provider="cpu", priority=100, supports=_supports, build=SdpaAttention
-        )
+            name="native",
+            provider="cpu",
+            priority=110,
+            supports=_native_supports,
+            build=NativeAttention,
+        ),
+        AttentionProvider(
+            name="sdpa", provider="cpu", priority=100, supports=_sdpa_supports, build=SdpaAttention
+        ),
     ]
 
 
-def _supports(request: AttentionRequest) -> Support:
+def _native_supports(request: AttentionRequest) -> Support:
+    kernels = native.load()
+    if kernels.library is None:
+        return Support.no(kernels.reason)
+    if {request.dtype, request.kv_dtype} - {"float32", "bfloat16"}:
+        return Support.no(f"has no form for {request.dtype} with {request.kv_dtype} keys")
+    for call in request.calls:
+        group = call.num_heads // call.num_kv_heads
+        if group > _MAX_GROUP or max(call.head_dim, call.value_dim) > _MAX_DIM:
+            return Support.no(f"{call.module}: {group} heads of {call.head_dim} share one key")
+        if not call.causal:
+            return Support.no(f"{call.module} sees later tokens")
+    return Support.yes(f"reads the cache in place; {kernels.reason}")
+
+
+def _sdpa_supports(request: AttentionRequest) -> Support:
     for call in request.calls:
         if call.softcap is not None:
             return Support.no(f"{call.module} caps its scores, which the fused call cannot")
         if call.sinks:
             return Support.no(f"{call.module} has sinks, which the fused call cannot")
-    return Support.yes("one fused call for all decode requests")
+    return Support.yes("one fused call for decode requests of similar length")
 
 
 class SdpaAttention(AttentionBackend):
@@ -84,8 +112,14 @@ class SdpaAttention(AttentionBackend):
             self._slots = self._lookup(batch)
 
     def forward_decode(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec,
-        batch: ForwardBatch, *, sinks: Tensor | None = None,
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        call: AttentionCallSpec,
+        batch: ForwardBatch,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """One fused call per group of similar lengths."""
         store(self._pool, k, v, call, batch)
@@ -98,8 +132,14 @@ class SdpaAttention(AttentionBackend):
         return out
 
     def forward_extend(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec,
-        batch: ForwardBatch, *, sinks: Tensor | None = None,
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        call: AttentionCallSpec,
+        batch: ForwardBatch,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """One fused call per request."""
         store(self._pool, k, v, call, batch)
@@ -108,8 +148,10 @@ class SdpaAttention(AttentionBackend):
         for slots, count in zip(self._slots, _counts(batch), strict=True):
             if count:
                 rows = slice(start, start + count)
-                fresh = None if k is None or v is None or count < len(slots) else (k[rows], v[rows])
-                out[rows] = self._extend_one(q[rows], call, slots, fresh)
+                fresh = (
+                    None if k is None or v is None or count < len(slots) else (k[rows], v[rows])
+                )
+                out[rows] = self._extend_one(q[rows], call, slots, fresh, sinks)
             start += count
         return out
 
@@ -156,8 +198,11 @@ class SdpaAttention(AttentionBackend):
         return out.reshape(q.shape[0], call.num_heads, call.value_dim)
 
     def _extend_one(
-        self, q: Tensor, call: AttentionCallSpec, slots: Tensor,
-        fresh: tuple[Tensor, Tensor] | None,
+        self,
+        q: Tensor,
+        call: AttentionCallSpec,
+        slots: Tensor,
+        fresh: tuple[Tensor, Tensor] | None, sinks: Tensor | None,
     ) -> Tensor:
         if fresh is not None:
             keys, values = fresh
@@ -168,9 +213,11 @@ class SdpaAttention(AttentionBackend):
         plain = call.causal and call.window is None and call.chunk is None
         whole = plain and count == length
         mask = None
-        if not whole:
+        if not whole or call.softcap is not None or sinks is not None:
             positions = torch.arange(length)
             mask = visible(positions[length - count :], positions, call)
+        if mask is not None and (call.softcap is not None or sinks is not None):
+            return attend(q, keys, values, mask, call, sinks)
         out = scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             keys.transpose(0, 1)[None],
@@ -183,9 +230,86 @@ class SdpaAttention(AttentionBackend):
         return out[0].transpose(0, 1)
 
 
+class _DecodeArgs(ctypes.Structure):
+    """Mirror of ``DecodeArgs`` in decode_attention.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "table", "rows", "lens", "sinks")),
+        *((name, ctypes.c_int64) for name in ("q_stride", "head_stride", "table_stride")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("batch", "heads", "kv_heads", "dim", "value_dim", "v_width")
+        ),
+        ("window", ctypes.c_int32),
+        ("chunk", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("q_bf16", ctypes.c_int32),
+        ("kv_bf16", ctypes.c_int32),
+    )
+
+
+class NativeAttention(SdpaAttention):
+    """Decode by the kernel in C; everything else as ``SdpaAttention``."""
+
+    def __init__(self, build: AttentionBuild) -> None:
+        super().__init__(build)
+        library = native.load().library
+        assert library is not None  # _native_supports was asked
+        self._kernel = library.bedplate_decode_attention
+        self._args = [self._fixed_args(call) for call in build.calls]
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        """Decode needs no metadata: the kernel reads the table itself."""
+        if not batch.mode.is_decode():
+            super().prepare(batch)
+
+    def forward_decode(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec,
+        batch: ForwardBatch, *, sinks: Tensor | None = None,
+    ) -> Tensor:
+        """One kernel call."""
+        store(self._pool, k, v, call, batch)
+        if q.stride(-1) != 1:
+            q = q.contiguous()
+        out = q.new_empty((q.shape[0], call.num_heads, call.value_dim))
+        args = self._args[call.call_id]
+        args.q, args.out = q.data_ptr(), out.data_ptr()
+        args.q_stride, args.head_stride = q.stride(0), q.stride(1)
+        args.q_bf16 = q.dtype == torch.bfloat16
+        args.batch = q.shape[0]
+        args.rows, args.lens = batch.req_pool_indices.data_ptr(), batch.seq_lens.data_ptr()
+        if sinks is not None:
+            sinks = sinks.float()
+            args.sinks = sinks.data_ptr()
+        self._kernel(ctypes.byref(args))
+        return out
+
+    def _fixed_args(self, call: AttentionCallSpec) -> _DecodeArgs:
+        keys, values = self._pool.key(call.cache_id), self._pool.value(call.cache_id)
+        return _DecodeArgs(
+            k=keys.data_ptr(),
+            v=values.data_ptr(),
+            table=self._req_to_token.data_ptr(),
+            table_stride=self._req_to_token.stride(0),
+            heads=call.num_heads,
+            kv_heads=call.num_kv_heads,
+            dim=call.head_dim,
+            value_dim=call.value_dim,
+            v_width=values.stride(-2),
+            window=call.window or 0,
+            chunk=call.chunk or 0,
+            scale=call.scale,
+            softcap=call.softcap or 0.0,
+            kv_bf16=keys.dtype == torch.bfloat16,
+        )
+
+
 def _counts(batch: ForwardBatch) -> list[int]:
     extend = batch.extend
-    counts: list[int] = [1] * batch.batch_size if extend is None else extend.seq_lens_cpu.tolist()
+    counts: list[int] = (
+        [1] * batch.batch_size if extend is None else extend.seq_lens_cpu.tolist()
+    )
     return counts
 
 

@@ -54,7 +54,13 @@ class Host:
 
     def facts(self) -> dict[str, str]:
         """For ``doctor``."""
-        bf16 = "matrix unit" if self.has_bf16_matrix_unit else "vector" if self.has_bf16_dot else "no"
+        bf16 = (
+            "matrix unit"
+            if self.has_bf16_matrix_unit
+            else "vector"
+            if self.has_bf16_dot
+            else "no"
+        )
         return {
             "processor": self.model_name,
             "architecture": self.arch,
@@ -69,8 +75,10 @@ def read() -> Host:
     """The machine we run on."""
     info = _cpuinfo()
     flags = frozenset((info.get("flags") or info.get("Features") or "").split())
-    allowed = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
-        frozenset(range(os.cpu_count() or 1))
+    allowed = (
+        frozenset(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else (frozenset(range(os.cpu_count() or 1)))
     )
     return Host(
         model_name=info.get("model name", os.uname().machine),
@@ -152,7 +160,9 @@ def _arch(machine: str, flags: frozenset[str]) -> str:
 
 def _nodes() -> tuple[tuple[int, ...], ...]:
     folders = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
-    nodes = (parse_cores(text) for f in folders if (text := (f / "cpulist").read_text().strip()))
+    nodes = (
+        parse_cores(text) for f in folders if (text := (f / "cpulist").read_text().strip())
+    )
     return tuple(cores for cores in (_physical(node) for node in nodes) if cores)
 
 

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bedplate.batch.logits_rows import LogitsRows, select_logits_rows
 from bedplate.batch.step import StepOutput, TokenLogprobs
 from bedplate.runner.sampler import Sampler
 from bedplate.runner.sampling import NOT_A_NUMBER, logprobs_of
-from bedplate.runner.staging import Staging, logits_rows
+from bedplate.runner.staging import Staging
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -75,23 +76,25 @@ class ModelExecutor:
     def launch(self, batch: ScheduleBatch) -> _Pending:
         """Queue one pass."""
         with self._runtime.inference_guard():
-            rows = logits_rows(batch)
-            forward_batch = self._staging.stage(batch, rows)
+            wanted = None
+            if batch.extend_seq_lens is not None:
+                wanted = select_logits_rows(batch.extend_seq_lens, batch.prompt_logprob_start)
+            forward_batch = self._staging.stage(batch, None if wanted is None else wanted.rows)
             if batch.token_on_device is not None:
                 forward_batch = self._fill_tokens(forward_batch, batch)
             output, graph, reason = self._runner.run(forward_batch)
             logits = output.next_token_logits
-            picked = _sampled(batch, rows)
-            own = logits if picked.logits is None else logits[_to(picked.logits, logits)]
-            tokens = self._sampler.sample(own, batch, picked.requests)
-            self._keep(tokens, forward_batch, picked)
+            requests = _sampling(batch)
+            own = _sampled_rows(logits, wanted, requests)
+            tokens = self._sampler.sample(own, batch, requests)
+            self._keep(tokens, forward_batch, requests)
             return _Pending(
                 batch_size=batch.batch_size,
-                requests=picked.requests,
+                requests=requests,
                 tokens=self._to_host(tokens),
                 event=self._runtime.record_event(),
-                logprobs=self._logprobs(own, tokens, batch, picked.requests),
-                prompt=self._prompt_logprobs(logits, batch, rows),
+                logprobs=self._logprobs(own, tokens, batch, requests),
+                prompt={} if wanted is None else self._prompt_logprobs(logits, batch, wanted),
                 graph=graph,
                 graph_reason=reason,
             )
@@ -117,10 +120,10 @@ class ModelExecutor:
             input_ids=forward_batch.input_ids.index_copy(0, places, latest[chosen]),
         )
 
-    def _keep(self, tokens: Tensor, forward_batch: ForwardBatch, picked: _Sampled) -> None:
+    def _keep(self, tokens: Tensor, forward_batch: ForwardBatch, requests: Int64Array) -> None:
         rows = forward_batch.req_pool_indices
-        if len(picked.requests) != len(rows):
-            rows = rows[_to(picked.requests, rows)]
+        if len(requests) != len(rows):
+            rows = rows[_to(requests, rows)]
         self._last_tokens.index_copy_(0, rows.long(), tokens.clamp(min=0))
 
     def _to_host(self, tokens: Tensor) -> Tensor:
@@ -142,10 +145,10 @@ class ModelExecutor:
         return _Logprobs(requests[index], wanted[index], (tokens[chosen], *parts))
 
     def _prompt_logprobs(
-        self, logits: Tensor, batch: ScheduleBatch, rows: Int64Array | None
+        self, logits: Tensor, batch: ScheduleBatch, wanted: LogitsRows
     ) -> dict[int, _Logprobs]:
         starts = batch.prompt_logprob_start
-        if starts is None or rows is None or batch.extend_seq_lens is None:
+        if starts is None or batch.extend_seq_lens is None:
             return {}
         found = {}
         ends = np.cumsum(batch.extend_seq_lens, dtype=np.int64)
@@ -157,7 +160,7 @@ class ModelExecutor:
                 targets = np.append(targets, batch.next_prompt_token[request])
             if not len(targets):
                 continue
-            places = np.searchsorted(rows, np.arange(begin, begin + len(targets)))
+            places = np.searchsorted(wanted.rows, np.arange(begin, begin + len(targets)))
             tokens = torch.from_numpy(np.ascontiguousarray(targets)).to(logits.device)
             top = max(0, int(self._sampler.prompt_logprobs[batch.req_pool_indices[request]]))
             parts = logprobs_of(logits[_to(places, logits)], tokens, top)
@@ -167,26 +170,17 @@ class ModelExecutor:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Sampled:
-    """Which rows sample: rows of the logits (``None`` = all), and rows of the batch."""
-
-    logits: Int64Array | None
-    requests: Int64Array
-
-
-def _sampled(batch: ScheduleBatch, rows: Int64Array | None) -> _Sampled:
+def _sampling(batch: ScheduleBatch) -> Int64Array:
+    """Rows of the batch that sample."""
     if batch.sample is None:
-        requests: Int64Array = np.arange(batch.batch_size, dtype=np.int64)
-    else:
-        requests = np.flatnonzero(batch.sample)
-    if rows is None:
-        return _Sampled(None if batch.sample is None else requests, requests)
-    if len(rows) == len(requests):
-        return _Sampled(None, requests)
-    assert batch.extend_seq_lens is not None
-    ends = np.cumsum(batch.extend_seq_lens, dtype=np.int64) - 1
-    return _Sampled(np.searchsorted(rows, ends[requests]), requests)
+        return np.arange(batch.batch_size, dtype=np.int64)
+    return np.flatnonzero(batch.sample)
+
+
+def _sampled_rows(logits: Tensor, wanted: LogitsRows | None, requests: Int64Array) -> Tensor:
+    """``[S, V]``: the logits that the requests sample from."""
+    rows = requests if wanted is None else wanted.sample[requests]
+    return logits if len(rows) == len(logits) else logits[_to(rows, logits)]
 
 
 def _to(index: Int64Array, like: Tensor) -> Tensor:
@@ -214,7 +208,9 @@ class _Logprobs:
             TokenLogprobs(
                 token_id=token, logprob=value, top=tuple(zip(i[:k], b[:k], strict=True))
             )
-            for token, value, b, i, k in zip(tokens, own, best, ids, self.top.tolist(), strict=True)
+            for token, value, b, i, k in zip(
+                tokens, own, best, ids, self.top.tolist(), strict=True
+            )
         ]
 
 

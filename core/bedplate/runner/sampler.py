@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bedplate.batch.schedule_batch import ScheduleBatch
     from bedplate.runner.sampling_params import SamplingParams
 
+    Int32Array = npt.NDArray[np.int32]
     Int64Array = npt.NDArray[np.int64]
 
 _UNLIMITED = np.iinfo(np.int64).max
@@ -100,44 +101,41 @@ class Sampler:
         random = self._temperature[rows] > 0.0
         if not random.any():
             return sample_greedy(logits)
-        tokens = logits.new_empty(logits.shape[0], dtype=torch.int64)
         filtered = self._filtered[rows]
         groups = (
-            (~random, None),
-            (random & ~filtered, sample_plain),
-            (random & filtered, self._sample_filtered),
+            (~random, self._greedy),
+            (random & ~filtered, self._plain),
+            (random & filtered, self._with_filters),
         )
+        tokens = logits.new_empty(logits.shape[0], dtype=torch.int64)
         for mask, choose in groups:
             index = np.flatnonzero(mask)
-            if not len(index):
-                continue
-            place = torch.from_numpy(index).to(self._device)
-            own = logits if len(index) == len(rows) else logits[place]
-            if choose is None:
-                tokens[place] = sample_greedy(own)
-                continue
-            temperature = self._send(self._temperature[rows[index]])
-            # The new token's position is the length before it joins.
-            u = self._send(uniform(self._seed[rows[index]], lengths[index].astype(np.int64)))
-            if choose is sample_plain:
-                tokens[place] = sample_plain(own, temperature, u)
-            else:
-                tokens[place] = self._sample_filtered(own, temperature, u, rows[index])
+            if len(index):
+                place = self._send(index)
+                tokens[place] = choose(logits[place], rows[index], lengths[index])
         return tokens
 
-    def _sample_filtered(
-        self, logits: Tensor, temperature: Tensor, u: Tensor, rows: npt.NDArray[np.int32]
-    ) -> Tensor:
+    def _greedy(self, logits: Tensor, _rows: Int32Array, _lengths: Int32Array) -> Tensor:
+        return sample_greedy(logits)
+
+    def _plain(self, logits: Tensor, rows: Int32Array, lengths: Int32Array) -> Tensor:
+        return sample_plain(logits, *self._draw(rows, lengths))
+
+    def _with_filters(self, logits: Tensor, rows: Int32Array, lengths: Int32Array) -> Tensor:
         params = FilterParams(
             top_k=self._send(self._top_k[rows]),
             top_p=self._send(self._top_p[rows]),
             min_p=self._send(self._min_p[rows]),
         )
-        return sample_filtered(logits, temperature, u, params)
+        return sample_filtered(logits, *self._draw(rows, lengths), params)
 
-    def _ban(
-        self, logits: Tensor, rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]
-    ) -> Tensor:
+    def _draw(self, rows: Int32Array, lengths: Int32Array) -> tuple[Tensor, Tensor]:
+        """Temperatures, and one uniform number each: the new token's position is the length
+        before it joins."""
+        u = uniform(self._seed[rows], lengths.astype(np.int64))
+        return self._send(self._temperature[rows]), self._send(u)
+
+    def _ban(self, logits: Tensor, rows: Int32Array, lengths: Int32Array) -> Tensor:
         """Make end tokens impossible for requests that have not reached ``min_tokens``."""
         pairs = [
             (index, token)

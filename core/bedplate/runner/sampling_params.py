@@ -59,7 +59,9 @@ class SamplingParams:
             ("logprobs", _count(self.logprobs), "between 0 and 64"),
             ("prompt_logprobs", _count(self.prompt_logprobs), "between 0 and 64"),
         )
-        wrong = [f"{n} is {getattr(self, n)!r}, must be {rule}" for n, ok, rule in checks if not ok]
+        wrong = [
+            f"{n} is {getattr(self, n)!r}, must be {rule}" for n, ok, rule in checks if not ok
+        ]
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             wrong.append(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
         if wrong:

@@ -13,7 +13,7 @@ Shapes: B requests, T new tokens, R rows of logits.
 
 from __future__ import annotations
 
-__all__ = ["Staging", "logits_rows"]
+__all__ = ["Staging"]
 
 from typing import TYPE_CHECKING
 
@@ -36,28 +36,6 @@ _BUFFERS = 2
 """A step may be packed while the copy of the one before it is still under way."""
 
 
-def logits_rows(batch: ScheduleBatch) -> Int64Array | None:
-    """Packed tokens whose logits are wanted; ``None`` = all of them.
-
-    The last token of every request that samples, and every token from
-    ``prompt_logprob_start`` on, in packed order.
-    """
-    if batch.extend_seq_lens is None:
-        return None
-    ends = np.cumsum(batch.extend_seq_lens, dtype=np.int64)
-    starts = batch.prompt_logprob_start
-    if starts is None or not (starts >= 0).any():
-        last: Int64Array = ends - 1
-        return last if batch.sample is None else last[batch.sample]
-    sample = np.ones(batch.batch_size, bool) if batch.sample is None else batch.sample
-    wanted = np.zeros(batch.num_tokens, bool)
-    wanted[(ends - 1)[sample]] = True
-    for end, count, start in zip(ends, batch.extend_seq_lens, starts, strict=True):
-        if start >= 0:
-            wanted[end - count + start : end] = True
-    return np.flatnonzero(wanted)
-
-
 class Staging:
     """Turns ``ScheduleBatch`` into ``ForwardBatch`` on one device.
 
@@ -70,8 +48,13 @@ class Staging:
     """
 
     def __init__(
-        self, runtime: DeviceRuntime, req_to_token: Tensor, index_dtype: torch.dtype, *,
-        unified: bool, capacity_bytes: int = 1 << 20,
+        self,
+        runtime: DeviceRuntime,
+        req_to_token: Tensor,
+        index_dtype: torch.dtype,
+        *,
+        unified: bool,
+        capacity_bytes: int = 1 << 20,
     ) -> None:
         self._runtime = runtime
         self._table = req_to_token
@@ -88,7 +71,7 @@ class Staging:
 
         Args:
             batch: What the scheduler decided.
-            rows: Result of ``logits_rows(batch)``.
+            rows: ``[R]`` tokens whose logits are wanted; ``None`` = all.
         """
         arrays = self._arrays(batch, rows)
         tensors = self._share(arrays) if self._unified else self._copy(arrays)
@@ -132,7 +115,9 @@ class Staging:
         index, slots = rows * width + batch.positions, batch.out_cache_loc
         cached = batch.table_update
         if cached is not None:
-            index = np.concatenate([cached.rows.astype(np.int64) * width + cached.columns, index])
+            index = np.concatenate(
+                [cached.rows.astype(np.int64) * width + cached.columns, index]
+            )
             slots = np.concatenate([cached.slots, slots])
         return {"table_index": index, "table_slots": slots}
 
@@ -148,7 +133,9 @@ class Staging:
         host, device = self._buffers(size)
         packed = host.numpy()
         for name, array in arrays.items():
-            packed[offsets[name] : offsets[name] + array.nbytes] = array.view(np.uint8).reshape(-1)
+            packed[offsets[name] : offsets[name] + array.nbytes] = array.view(np.uint8).reshape(
+                -1
+            )
         device[:size].copy_(host[:size], non_blocking=True)
         self._copied[self._turn] = self._runtime.record_event()
         return {
