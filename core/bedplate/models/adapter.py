@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transformers model behind the face that the runner knows: batch in, logits out.
+
+The module tree stays as transformers made it; attention goes through the bridge.  The model
+runner owns one ``HFModel``, binds the attention backend once the pools exist, and calls
+``forward`` once per pass, eagerly or while a graph is recorded.
+
+Shapes: T new tokens, R rows of logits, V vocabulary, C hidden size.
+"""
+
+from __future__ import annotations
+
+__all__ = ["HFModel"]
+
+from typing import TYPE_CHECKING, Any
+
+from bedplate.batch.forward_mode import CaptureHiddenMode
+from bedplate.batch.logits import LogitsOutput
+from bedplate.errors import ContractError, RequestTooLongError
+from bedplate.models import latent
+from bedplate.models import transformers_api as hf
+from bedplate.models.bridge import AttentionBridge, StepContext
+from bedplate.models.rope_limit import freeze_ropes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.contract.attention import AttentionBackend
+    from bedplate.models.spec import ModelSpec
+
+
+class HFModel:
+    """One causal language model of transformers on our attention.
+
+    Args:
+        module: The model, as its class makes it; weights may be loaded before or after. It
+            gets configurations of its own, evaluation mode and no gradients.
+        spec: What the probe saw.
+        check: Compare every attention call with the spec, and every batch with its shapes.
+    """
+
+    def __init__(self, module: Any, spec: ModelSpec, *, check: bool = False) -> None:
+        self.module = module
+        self.spec = spec
+        self._check = check
+        self._attention: AttentionBackend | None = None
+        self._hidden: Tensor | None = None
+        module.eval().requires_grad_(False)
+        hf.isolate_configs(module)
+        hf.set_attention(module, hf.ATTENTION_NAME)
+        paths = {call.module for call in spec.calls if call.value_in_key}
+        for path, expansion in latent.latent_modules(module).items():
+            if path in paths:
+                latent.keep_latent(expansion)
+        freeze_ropes(module)
+        self._bridge = AttentionBridge(module, spec.calls, check=check)
+
+    def bind_attention(self, attention: AttentionBackend) -> None:
+        """Use ``attention`` from the next pass on; its pools were built from ``spec.calls``."""
+        self._attention = attention
+
+    def forward(self, batch: ForwardBatch, input_embeds: Tensor | None = None) -> LogitsOutput:
+        """Run one pass; ``attention.prepare(batch)`` has been called.
+
+        Reads the host only for the length limit; neither synchronises nor changes shape, so
+        it can be recorded.
+
+        Args:
+            batch: The pass.
+            input_embeds: ``[T, C]`` instead of the embeddings of ``batch.input_ids``.
+
+        Returns:
+            Logits ``[R, V]`` of ``batch.logits_rows`` in the model's dtype, and the states
+            that the head received: ``[T, C]`` for ``FULL``, ``[R, C]`` for ``LAST``.
+
+        Raises:
+            ContractError: No attention is bound, or the model left the path that was probed.
+            RequestTooLongError: A request is longer than the model serves correctly.
+        """
+        if self._attention is None:
+            raise ContractError("HFModel.forward came before bind_attention")
+        self._check_lengths(batch)
+        if self._check:
+            batch.check()
+        full = batch.capture_hidden.is_full()
+        inner_rows = None if full or not self.spec.takes_logits_to_keep else batch.logits_rows
+        with self._bridge.step(StepContext(batch, self._attention)):
+            output, hidden = self._run(batch, inner_rows, input_embeds)
+        logits = output.logits[0]
+        if batch.logits_rows is not None and inner_rows is None:
+            logits = logits[batch.logits_rows]
+        return LogitsOutput(next_token_logits=logits, hidden_states=hidden)
+
+    __call__ = forward
+
+    def _run(
+        self, batch: ForwardBatch, rows: Tensor | None, input_embeds: Tensor | None
+    ) -> tuple[Any, Tensor | None]:
+        arguments: dict[str, Any] = {"use_cache": False}
+        if input_embeds is None:
+            arguments["input_ids"] = batch.input_ids[None]
+        else:
+            arguments["inputs_embeds"] = input_embeds[None]
+        positions = batch.positions
+        if self.spec.position_offset:
+            positions = positions + self.spec.position_offset
+        arguments["position_ids"] = positions[None]
+        if rows is not None:
+            arguments["logits_to_keep"] = rows
+        if batch.capture_hidden is CaptureHiddenMode.NULL:
+            return self.module(**arguments), None
+        return self._run_capturing(arguments, batch, rows)
+
+    def _run_capturing(
+        self, arguments: dict[str, Any], batch: ForwardBatch, rows: Tensor | None
+    ) -> tuple[Any, Tensor | None]:
+        head: nn.Module | None = hf.output_embeddings(self.module)
+        if head is None:
+            raise ContractError(f"{self.spec.architecture} has no head to capture states at")
+        caught: list[Tensor] = []
+        handle = head.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
+        try:
+            output = self.module(**arguments)
+        finally:
+            handle.remove()
+        hidden = caught[-1][0]
+        if batch.capture_hidden.is_last() and rows is None and batch.logits_rows is not None:
+            hidden = hidden[batch.logits_rows]
+        return output, hidden
+
+    def _check_lengths(self, batch: ForwardBatch) -> None:
+        limit = self.spec.max_position_embeddings
+        if limit is None or not batch.batch_size:
+            return
+        longest = int(batch.seq_lens_cpu.max())
+        if longest > limit:
+            raise RequestTooLongError(
+                f"a request is {longest} tokens long, the model serves {limit}"
+                + "".join(f"; {reason}" for reason in self.spec.limits)
+                + ". Shorten the prompt or ask for fewer tokens"
+            )

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention function that transformers calls, and the step it works for.
+
+One function is registered in the process, under our name; each attention module knows its
+bridge by an attribute, so several models can live side by side.  The runner-owned
+``StepContext`` is put into the bridge once per forward; there is no look-up by name and no
+keyword that a layer could drop.
+
+Calls come in the order that the probe saw.  A call that comes from another module, one call
+too many or too few, or a mask, is an error: never a wrong answer.
+
+Shapes: T tokens, H query heads, K key/value heads, D head size, Dv value size.
+"""
+
+from __future__ import annotations
+
+__all__ = ["AttentionBridge", "StepContext"]
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from bedplate.errors import ContractError
+from bedplate.models import latent
+from bedplate.models.transformers_api import register_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.contract.attention import AttentionBackend, AttentionCallSpec
+
+_ATTRIBUTE = "_bedplate_bridge"
+
+
+@dataclass(slots=True)
+class StepContext:
+    """What the attention calls of one forward need. Made anew for each.
+
+    Attributes:
+        batch: The prepared batch.
+        attention: The backend that attends.
+        cursor: Attention calls made so far.
+    """
+
+    batch: ForwardBatch
+    attention: AttentionBackend
+    cursor: int = 0
+
+
+class AttentionBridge:
+    """Hands each attention call of one model to the backend, with its description.
+
+    Args:
+        model: The module tree; its attention modules get a reference to the bridge.
+        calls: The calls of one forward, in order.
+        check: Compare scale, window and soft-cap of every call with its description.
+    """
+
+    def __init__(
+        self, model: nn.Module, calls: Sequence[AttentionCallSpec], *, check: bool = False
+    ) -> None:
+        self._calls = tuple((model.get_submodule(call.module), call) for call in calls)
+        self._check = check
+        self._step: StepContext | None = None
+        for module, _ in self._calls:
+            module.__dict__[_ATTRIBUTE] = self
+
+    @contextmanager
+    def step(self, context: StepContext) -> Iterator[None]:
+        """Serve one forward of the model.
+
+        Raises:
+            ContractError: The forward made fewer attention calls than the probe saw.
+        """
+        self._step = context
+        try:
+            yield
+        finally:
+            self._step = None
+        if context.cursor != len(self._calls):
+            raise ContractError(
+                f"the model made {context.cursor} attention calls where the probe saw "
+                f"{len(self._calls)}; its path depends on the input. Please report the model"
+            )
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+        attention_mask: Tensor | None, scaling: float | None, arguments: dict[str, Any],
+    ) -> Tensor:
+        """One call: ``[1, H, T, D]``, ``[1, K, T, D]``, ``[1, K, T, Dv]`` → ``[1, T, H, Dv]``."""
+        step, call = self._next(module)
+        if attention_mask is not None:
+            raise ContractError(
+                f"{call.module} received a mask, but masks are the attention backend's work"
+            )
+        if self._check:
+            _compare(call, scaling, arguments)
+        sinks = arguments.get("s_aux") if call.sinks else None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        if call.value_in_key:
+            return _attend_latent(module, q, k, v, call, step)
+        if call.alias_of is not None:
+            return _unpack(step.attention.forward(q, None, None, call, step.batch, sinks=sinks))
+        return _unpack(step.attention.forward(q, k, v, call, step.batch, sinks=sinks))
+
+    def _next(self, module: nn.Module) -> tuple[StepContext, AttentionCallSpec]:
+        step = self._step
+        if step is None:
+            raise ContractError("an attention module ran outside a step of its model")
+        if step.cursor >= len(self._calls):
+            raise ContractError(
+                f"the model made more than the {len(self._calls)} attention calls that the "
+                "probe saw; its path depends on the input. Please report the model"
+            )
+        expected, call = self._calls[step.cursor]
+        if expected is not module:
+            raise ContractError(
+                f"attention call {step.cursor} came from another module than {call.module}, "
+                "which the probe saw; its path depends on the input. Please report the model"
+            )
+        step.cursor += 1
+        return step, call
+
+
+def _unpack(out: Tensor) -> Tensor:
+    return out.unsqueeze(0)
+
+
+def _attend_latent(
+    module: nn.Module, query: Tensor, latents: Tensor, rope_key: Tensor,
+    call: AttentionCallSpec, step: StepContext,
+) -> Tensor:
+    rope = rope_key.shape[-1]
+    keys = latent.latent_keys(latents, rope_key)
+    absorbed = latent.absorb(module, query, rope)
+    out = step.attention.forward(absorbed, keys, None, call, step.batch)
+    return _unpack(latent.expand(module, out, query.shape[-1] - rope))
+
+
+def _compare(call: AttentionCallSpec, scaling: float | None, arguments: dict[str, Any]) -> None:
+    seen = {
+        "scale": scaling,
+        "window": arguments.get("sliding_window"),
+        "softcap": arguments.get("softcap"),
+    }
+    wrong = [
+        f"{name} is {value}, the probe saw {getattr(call, name)}"
+        for name, value in seen.items()
+        if value is not None and value != getattr(call, name)
+    ]
+    if wrong:
+        raise ContractError(f"{call.module} changed: " + "; ".join(wrong))
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, scaling: float | None = None, **arguments: Any,
+) -> tuple[Tensor, None]:
+    """What transformers finds under our name."""
+    bridge: AttentionBridge | None = module.__dict__.get(_ATTRIBUTE)
+    if bridge is None:
+        raise ContractError(
+            f"{type(module).__name__} made an attention call that the probe did not see; "
+            "its path depends on the input. Please report the model"
+        )
+    return bridge.attend(module, query, key, value, attention_mask, scaling, arguments), None
+
+
+register_attention(_attention)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models of any family, for parity tests.
+
+A configuration class is shrunk by setting every size that it knows by a usual name.  Weights
+are drawn so that logits spread (standard deviation 0.15, embeddings 1.0): with the usual
+initialisation greedy choices are near-ties and token comparisons mean nothing.
+
+Windows and chunks become 8 tokens, shorter than the prompts of the tests.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FAMILIES", "TINY_SIZES", "fill_weights", "tiny_config", "tiny_model"]
+
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from bedplate.models import transformers_api as hf
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+VOCAB_SIZE = 160
+WINDOW_TOKENS = 8
+
+TINY_SIZES: Mapping[str, Any] = {
+    # Width and depth.
+    "hidden_size": 64, "n_embd": 64, "d_model": 64, "embed_dim": 64, "embedding_size": 64,
+    "word_embed_proj_dim": 64, "dim": 64, "hidden_dim": 64,
+    "num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4,
+    "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "ffn_hidden_size": 96,
+    "intermediate_size_mlp": 96, "feed_forward_proj_dim": 96, "d_ff": 96,
+    # Heads.
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
+    "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 16, "d_kv": 16,
+    # Latent attention.
+    "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 12, "qk_head_dim": 24,
+    # Visibility.
+    "sliding_window": WINDOW_TOKENS, "attention_chunk_size": WINDOW_TOKENS,
+    # Experts.
+    "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48,
+    "n_routed_experts": 8, "num_experts": 8, "num_local_experts": 8, "moe_num_experts": 8,
+    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2,
+    "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_dense_layers": 1,
+    # Vocabulary.
+    "vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512,
+}  # fmt: skip
+"""Size by name of the field; a configuration takes those that it has."""
+
+_SLIDING = ("sliding_attention", "full_attention")
+
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    # List A of the design: these block a release.
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
+    "qwen3": {},
+    "mistral": {},
+    "ministral3": {},
+    "gemma2": {"query_pre_attn_scalar": 24},
+    "gemma3_text": {"layer_types": _SLIDING * 2},
+    "gemma4_text": {
+        "layer_types": _SLIDING * 2, "num_kv_shared_layers": 2, "global_head_dim": 32,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE,
+    },
+    "phi3": {},
+    "phi": {},
+    "olmo2": {},
+    "olmo3": {"layer_types": _SLIDING * 2},
+    "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.7},
+    "smollm3": {},
+    "glm4": {},
+    "cohere2": {"layer_types": _SLIDING * 2},
+    "exaone4": {"layer_types": _SLIDING * 2},
+    "starcoder2": {},
+    "stablelm": {},
+    "nemotron": {},
+    "gpt_neox": {},
+    "gpt2": {},
+    "opt": {},
+    "gpt_oss": {"layer_types": _SLIDING * 2},
+    "mixtral": {},
+    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 2},
+    "qwen3_moe": {},
+    "glm4_moe": {},
+    "ernie4_5_moe": {},
+    "phimoe": {},
+    "llama4_text": {},
+    "minimax_m2": {},
+    # List B: latent attention.
+    "deepseek_v2": {},
+    "deepseek_v3": {},
+    "minicpm3": {},
+    "glm4_moe_lite": {},
+    "longcat_flash": {},
+}  # fmt: skip
+"""Certified families, with what each needs beside ``TINY_SIZES``."""
+
+
+def tiny_config(config_class: type[Any], overrides: Mapping[str, Any] | None = None) -> Any:
+    """A small configuration of ``config_class``, its sub-configurations shrunk likewise.
+
+    Args:
+        config_class: Any configuration class of transformers.
+        overrides: Fields to set on top.
+    """
+    return config_class(**_tiny_fields(config_class, overrides or {}))
+
+
+def _tiny_fields(config_class: type[Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    default = config_class()
+    fields = {k: v for k, v in TINY_SIZES.items() if k in default.__dict__}
+    for name in getattr(config_class, "sub_configs", {}):
+        part = getattr(default, name, None)
+        if part is not None:
+            fields[name] = _tiny_fields(type(part), {}) | {"model_type": part.model_type}
+    # A feature that the family leaves out by default stays out.
+    fields = {k: v for k, v in fields.items() if getattr(default, k) is not None or k == "head_dim"}
+    return fields | {k: list(v) if isinstance(v, tuple) else v for k, v in overrides.items()}
+
+
+def tiny_model(
+    model_class: type[Any], config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Any:
+    """``model_class(config)`` on the host with random weights, in evaluation mode."""
+    model = model_class(config).to(dtype).eval().requires_grad_(False)
+    fill_weights(model, seed=seed)
+    return model
+
+
+@torch.no_grad()
+def fill_weights(model: nn.Module, *, seed: int = 0) -> None:
+    """Draw every parameter anew, each from a seed of its own name.
+
+    Matrices have standard deviation 0.15, embeddings 1.0; vectors stay near their kind's
+    neutral value: 1 for those that transformers initialises to 1, else 0.
+    """
+    embeddings = {
+        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)
+    }
+    for name, parameter in model.named_parameters():
+        chance = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        noise = torch.randn(parameter.shape, generator=chance).to(parameter.dtype)
+        if parameter.ndim < 2:
+            neutral = parameter.mean().round().clamp(0, 1) if parameter.isfinite().all() else 1
+            parameter.copy_(neutral + 0.1 * noise)
+        else:
+            parameter.copy_(noise * (1.0 if id(parameter) in embeddings else 0.15))
+
+
+def family(model_type: str) -> tuple[type[Any], Any]:
+    """The causal-LM class and a tiny configuration of a certified family."""
+    config_class = hf.causal_lm_config_class(model_type)
+    classes = {c: m for c, m in hf.causal_lm_classes()}
+    return classes[config_class], tiny_config(config_class, FAMILIES[model_type])
