@@ -32,7 +32,7 @@ TINY_SIZES: Mapping[str, Any] = {
     "word_embed_proj_dim": 64, "dim": 64, "hidden_dim": 64,
     "num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4,
     "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "ffn_hidden_size": 96,
-    "intermediate_size_mlp": 96, "feed_forward_proj_dim": 96, "d_ff": 96,
+    "intermediate_size_mlp": 96, "expert_ffn_hidden_size": 48, "expert_ffn_size": 48, "feed_forward_proj_dim": 96, "d_ff": 96,
     # Heads.
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
     "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 16, "d_kv": 16,
@@ -52,12 +52,17 @@ TINY_SIZES: Mapping[str, Any] = {
 }  # fmt: skip
 """Size by name of the field; a configuration takes those that it has."""
 
+_FEATURES = {"sliding_window", "attention_chunk_size", "q_lora_rank", "n_inner"}
+"""What a family that leaves it out by default goes on to leave out."""
+
 _SLIDING = ("sliding_attention", "full_attention")
+
+_LATENT = {"num_key_value_heads": 4, "head_dim": 8}
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     # List A of the design: these block a release.
     "llama": {},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": WINDOW_TOKENS},
     "qwen3": {},
     "mistral": {},
     "ministral3": {},
@@ -67,7 +72,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "layer_types": _SLIDING * 2, "num_kv_shared_layers": 2, "global_head_dim": 32,
         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE,
     },
-    "phi3": {},
+    "phi3": {"sliding_window": WINDOW_TOKENS},
     "phi": {},
     "olmo2": {},
     "olmo3": {"layer_types": _SLIDING * 2},
@@ -76,27 +81,27 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "glm4": {},
     "cohere2": {"layer_types": _SLIDING * 2},
     "exaone4": {"layer_types": _SLIDING * 2},
-    "starcoder2": {},
+    "starcoder2": {"sliding_window": WINDOW_TOKENS},
     "stablelm": {},
     "nemotron": {},
     "gpt_neox": {},
     "gpt2": {},
     "opt": {},
     "gpt_oss": {"layer_types": _SLIDING * 2},
-    "mixtral": {},
+    "mixtral": {"sliding_window": WINDOW_TOKENS},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 2},
     "qwen3_moe": {},
     "glm4_moe": {},
     "ernie4_5_moe": {},
-    "phimoe": {},
+    "phimoe": {"sliding_window": WINDOW_TOKENS},
     "llama4_text": {},
     "minimax_m2": {},
     # List B: latent attention.
-    "deepseek_v2": {},
-    "deepseek_v3": {},
-    "minicpm3": {},
-    "glm4_moe_lite": {},
-    "longcat_flash": {},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "minicpm3": _LATENT,
+    "glm4_moe_lite": _LATENT,
+    "longcat_flash": _LATENT,
 }  # fmt: skip
 """Certified families, with what each needs beside ``TINY_SIZES``."""
 
@@ -118,8 +123,9 @@ def _tiny_fields(config_class: type[Any], overrides: Mapping[str, Any]) -> dict[
         part = getattr(default, name, None)
         if part is not None:
             fields[name] = _tiny_fields(type(part), {}) | {"model_type": part.model_type}
-    # A feature that the family leaves out by default stays out.
-    fields = {k: v for k, v in fields.items() if getattr(default, k) is not None or k == "head_dim"}
+    fields = {
+        k: v for k, v in fields.items() if k not in _FEATURES or default.__dict__[k] is not None
+    }
     return fields | {k: list(v) if isinstance(v, tuple) else v for k, v in overrides.items()}
 
 
