@@ -239,8 +239,8 @@ def require_capacity(num_tokens: int, *, cell: int, free_bytes: int, page_size: 
     asked = cell * page_size
     raise DeviceMemoryError(
         f"No room for keys and values: {num_tokens} tokens fit beside the weights and the "
-        f"reserve, and one page takes {page_size} ({asked} bytes; {free_bytes} are free). Raise "
-        " mem_fraction, lower max_batch_size, or use a smaller kv_dtype",
+        f"reserve, but a page is {page_size} tokens ({asked} bytes; {free_bytes} are free). "
+        "Raise mem_fraction, lower max_batch_size, or choose a smaller kv_dtype",
         asked=asked,
         free=free_bytes,
         settings=("mem_fraction", "max_batch_size", "kv_dtype"),
