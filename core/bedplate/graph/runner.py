@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 _WARM_UPS = 2
 """Eager runs before a capture: the first loads kernels, the second settles allocators."""
 
-
 _YES = Support.yes()
 _NO = {refusal: Support.no(refusal) for refusal in Refusal}
 
@@ -169,6 +168,7 @@ class GraphRunner(ABC):
             raise _capture_error(key, error) from error
         self._graphs[key] = Captured(key, graph, batch, output)
         self._failed.discard(key)
+        self._routes.clear()
 
     def can_run(self, batch: ForwardBatch) -> Support:
         """Whether a graph can serve ``batch``; a refusal is counted under its reason."""

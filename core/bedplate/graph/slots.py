@@ -198,6 +198,7 @@ class SlotRegistry:
         self._constants = {spec.name: self._padding(spec, gap) for spec in self._specs}
         self._views: dict[int, dict[str, Tensor]] = {}
         self._plans: dict[tuple[int, int], list[_FusedCopy | _WideCopy]] = {}
+        self.reset()
 
     @property
     def num_bytes(self) -> int:
@@ -252,7 +253,7 @@ class SlotRegistry:
         key = (spec.name, numel, spec.dtype, self._place(spec))
         flat = shared.get(key)
         if flat is None:
-            flat = torch.full((numel,), spec.fill, dtype=spec.dtype, device=self._place(spec))
+            flat = torch.empty(numel, dtype=spec.dtype, device=self._place(spec))
             shared[key] = flat
         return flat
 
