@@ -5,7 +5,7 @@ With data-parallel attention every rank has its own requests, yet dense layers w
 rows together.  The plan is frozen and says everything; ``pad`` makes a new batch and
 ``unpad`` cuts the result back.  No batch, list or process-wide record is changed.
 
-Shapes: B requests, T new tokens, R rows of logits; B', T' after padding.
+Shapes: B requests, T new tokens; B', T' after padding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bedplate.batch.forward_batch import ExtendPart
-from bedplate.batch.forward_mode import CaptureHiddenMode, ForwardMode
+from bedplate.batch.forward_mode import ForwardMode
 from bedplate.errors import InternalError
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ class MLPSyncPlan:
         as_extend: A decode pass runs as an extend pass with one token per request, since
             another rank extends and the padding rows belong to no request.
         fill_value: Length that padding requests get; the attention's own.
-        logits_rows: Real rows of logits in the result.
-        hidden_rows: Real rows of hidden states in the result.
+        real_tokens: T.
     """
 
     padding: PaddedCounts
@@ -79,8 +78,7 @@ class MLPSyncPlan:
     batch_size: int
     as_extend: bool
     fill_value: int
-    logits_rows: int
-    hidden_rows: int
+    real_tokens: int
 
 
 def pad_counts(
@@ -142,8 +140,6 @@ def plan_mlp_sync(
     num_tokens = padding.counts[own]
     decode = batch.mode.is_decode()
     as_extend = decode and is_extend_in_batch and padding.mode is PaddingMode.MAX_LEN
-    rows = batch.num_tokens if batch.logits_rows is None else len(batch.logits_rows)
-    keeps_all = batch.capture_hidden is CaptureHiddenMode.FULL
     return MLPSyncPlan(
         padding=padding,
         start=sum(padding.counts[:own]),
@@ -151,8 +147,7 @@ def plan_mlp_sync(
         batch_size=num_tokens if decode and not as_extend else batch.batch_size,
         as_extend=as_extend,
         fill_value=fill_value,
-        logits_rows=rows,
-        hidden_rows=batch.num_tokens if keeps_all else rows,
+        real_tokens=batch.num_tokens,
     )
 
 
@@ -180,12 +175,16 @@ def pad(batch: ForwardBatch, plan: MLPSyncPlan) -> ForwardBatch:
 
 
 def unpad(output: LogitsOutput, plan: MLPSyncPlan) -> LogitsOutput:
-    """The real rows of a padded pass's result, as views."""
+    """The real rows of a padded pass's result, as views.
+
+    Rows of all tokens lose the padding at their end; rows of chosen tokens (at most T, and
+    none of them padding) stay whole.
+    """
     hidden = output.hidden_states
     return dataclasses.replace(
         output,
-        next_token_logits=output.next_token_logits[: plan.logits_rows],
-        hidden_states=None if hidden is None else hidden[: plan.hidden_rows],
+        next_token_logits=output.next_token_logits[: plan.real_tokens],
+        hidden_states=None if hidden is None else hidden[: plan.real_tokens],
     )
 
 

@@ -28,6 +28,11 @@ def test_vectors(lens, kv_heads, expected):
     assert splits(lens, kv_heads=kv_heads) == expected
 
 
+def test_lengths_within_a_quarter_are_treated_as_equal():
+    assert splits([100, 110], cores=1) == [1, 1]
+    assert splits([80, 110], cores=1) == [2, 2]
+
+
 def test_unknown_core_count_cuts_fully():
     assert splits([5, 500], cores=None) == [8, 8]
 

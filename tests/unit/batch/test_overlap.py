@@ -37,10 +37,11 @@ def test_real_tokens_fall_into_the_first_half_first():
         ([1, 99], True, 1, 50, [1, 49], [50], 49),
         ([25, 25, 50], False, 2, 50, [25, 25], [50], 0),
         ([3, 3, 3], True, 1, 4, [3, 1], [2, 3], 1),
+        ([49, 2, 49], False, 2, 51, [49, 2], [49], 0),
     ],
 )
 def test_extend_vectors(lens, two_chunk, seq, token, first, second, growth):
-    """V15."""
+    """V15, and of two equally good cuts the later one."""
     plan = split_extend(lens)
     assert (plan.two_chunk, plan.seq_split, plan.token_split) == (two_chunk, seq, token)
     assert [list(c.extend_seq_lens) for c in plan.children] == [first, second]
