@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelRunner: a loaded model on one device, ready for passes.
+
+A thin facade over parts that can be used alone: weights (``models``), pools (``memory``),
+attention, graphs.  ``initialize`` is a list of named stages; engines and reinforcement-learning
+systems may call them one by one, and everything they make is an attribute.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ModelRunner"]
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bedplate.batch.forward_mode import CaptureHiddenMode
+from bedplate.batch.logits import LogitsOutput
+from bedplate.contract.attention import (
+    AttentionBackend,
+    AttentionBuild,
+    AttentionProvider,
+    AttentionRequest,
+)
+from bedplate.contract.graph import GraphRunnerRequest
+from bedplate.contract.memory import AllocatorRequest, KVPoolRequest
+from bedplate.errors import BedplateError, ContractError, DeviceMemoryError
+from bedplate.graph.buckets import capture_sizes
+from bedplate.memory.factory import make_allocator, make_kv_pool
+from bedplate.memory.req_to_token import ReqToTokenPool
+from bedplate.memory.sizing import cell_bytes
+from bedplate.models.weights.update import (
+    UpdateResult,
+    get_weights_by_name,
+    update_weights_from_disk,
+    update_weights_from_tensor,
+)
+from bedplate.runner.loading import load_ready
+from bedplate.runner.pool_size import MemoryBudget, choose_pool_size
+
+if TYPE_CHECKING:
+    from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.config import EngineConfig
+    from bedplate.contract.memory import KVPool, TokenToKVPoolAllocator
+    from bedplate.graph.runner import GraphRunner
+    from bedplate.models.adapter import HFModel
+    from bedplate.models.spec import ModelSpec
+    from bedplate.models.weights.load import LoadedModel
+    from bedplate.models.weights.update import Bucket, NamedTensors, UpdateFormat
+    from bedplate.registry.bind import BoundBackend
+    from bedplate.registry.decisions import DecisionLog
+    from bedplate.runner.plan import RunPlan
+
+logger = logging.getLogger(__name__)
+
+_MEM_FRACTION = 0.88
+"""Share of the memory that was free before loading, unless the user says otherwise."""
+
+Progress = Callable[[str, int, int], None]
+"""Told (what, done, total) during long stages."""
+
+
+class ModelRunner:
+    """One model on one device.
+
+    Args:
+        config: The engine's settings.
+        bound: The activated backend.
+        decisions: Receives every choice.
+        progress: Told about loading and capturing.
+
+    Attributes:
+        plan: Every "auto" resolved.
+        loaded: Module, configuration and weight index.
+        model: The module behind ``forward(ForwardBatch)``.
+        req_to_token_pool: Request rows.
+        kv_pool: Keys and values.
+        allocator: Slots.
+        attention: The attention backend.
+        graph_runner: Recorded graphs, or ``None`` for eager passes.
+        stage_seconds: Stage → how long it took.
+    """
+
+    plan: RunPlan
+    loaded: LoadedModel
+    model: HFModel
+    req_to_token_pool: ReqToTokenPool
+    kv_pool: KVPool
+    allocator: TokenToKVPoolAllocator
+    attention: AttentionBackend
+    graph_runner: GraphRunner | None = None
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        bound: BoundBackend,
+        decisions: DecisionLog,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config = config
+        self.bound = bound
+        self.decisions = decisions
+        self.stage_seconds: dict[str, float] = {}
+        self._progress = progress
+        self._graph_bytes = 0
+        self._free_before_load = 0
+        self._provider: AttentionProvider | None = None
+
+    def stages(self) -> tuple[tuple[str, Callable[[], None]], ...]:
+        """The start-up, in order. Graphs are measured before the cache is sized: what they
+        need is then taken out of the cache's share instead of failing later.
+        """
+        return (
+            ("load_model", self.load_model),
+            ("measure_graphs", self.measure_graphs),
+            ("init_memory_pool", self.init_memory_pool),
+            ("init_attention_backend", self.init_attention_backend),
+            ("init_device_graphs", self.init_device_graphs),
+        )
+
+    def initialize(self) -> None:
+        """Run every stage.
+
+        Raises:
+            BedplateError: The first failing stage's; vendor errors are explained by the
+                backend where it can.
+        """
+        for name, stage in self.stages():
+            begin = perf_counter()
+            try:
+                stage()
+            except BedplateError:
+                raise
+            except Exception as error:
+                explained = self.bound.explain_error(error)
+                if explained is None:
+                    raise
+                raise BedplateError(f"{name} failed: {explained}", code="HW041") from error
+            self.stage_seconds[name] = perf_counter() - begin
+            logger.debug("%s took %.2f s", name, self.stage_seconds[name])
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the probe saw of the model."""
+        return self.model.spec
+
+    def load_model(self) -> None:
+        """Probe, load weights, fuse."""
+        self._free_before_load = self.bound.runtime.memory().free_bytes
+        ready = load_ready(self.config, self.bound, self.decisions, self._report("weights"))
+        self.plan, self.loaded, self.model = ready.plan, ready.loaded, ready.model
+        self.bound.after_load(self.loaded.module)
+
+    def measure_graphs(self) -> None:
+        """Capture the largest bucket on a cache of one page a request, and note its bytes."""
+        if not self.plan.graphs:
+            return
+        largest = self._capture_sizes()[-1:]
+        self._make_pools(largest[0] * self.plan.page_size)
+        self.init_attention_backend()
+        runner = self._make_graph_runner(largest)
+        if runner is not None:
+            runner.capture()
+            self._graph_bytes = runner.memory_bytes
+            runner.release()
+        del self.kv_pool, self.allocator, self.attention
+        self.bound.runtime.empty_cache()
+
+    def init_memory_pool(self) -> None:
+        """Size the cache from what is left, and make rows, slots and storage.
+
+        Raises:
+            DeviceMemoryError: Nothing useful is left; the message has the numbers.
+        """
+        memory = self.bound.capabilities.memory
+        budget = MemoryBudget(
+            free_before_load_bytes=self._free_before_load,
+            free_bytes=self.bound.runtime.memory().free_bytes,
+            graph_bytes=self._graph_bytes,
+            cell_bytes=self._cell_bytes(),
+            unified=memory.unified,
+            mem_fraction=self.config.mem_fraction or _MEM_FRACTION,
+        )
+        with self.decisions.choosing("kv_tokens") as decide:
+            tokens, decision = choose_pool_size(
+                budget,
+                most_useful=self.plan.max_running_requests * self.plan.max_context_len,
+                page_size=self.plan.page_size,
+                asked=self.config.max_total_tokens,
+            )
+            decide(decision)
+        self._make_pools(tokens)
+
+    def init_attention_backend(self) -> None:
+        """Choose the attention for the calls the model makes, and build it."""
+        if self._provider is None:
+            self._provider = self.bound.attention_providers.choose_attention(
+                AttentionRequest(
+                    calls=self.spec.calls,
+                    dtype=self.plan.dtype,
+                    kv_dtype=self.plan.kv_dtype,
+                    page_size=self.plan.page_size,
+                    arch=self.bound.capabilities.arch,
+                ),
+                self.config.attention,
+            )
+        self.attention = self._provider.build(
+            AttentionBuild(
+                runtime=self.bound.runtime,
+                calls=self.spec.calls,
+                kv_pool=self.kv_pool,
+                req_to_token=self.req_to_token_pool.req_to_token,
+                page_size=self.plan.page_size,
+                dtype=getattr(torch, self.plan.dtype),
+                max_batch_size=self.plan.max_running_requests,
+                max_context_len=self.plan.max_context_len,
+            )
+        )
+        self.model.bind_attention(self.attention)
+
+    def init_device_graphs(self) -> None:
+        """Capture graphs, if the plan has them."""
+        if not self.plan.graphs:
+            return
+        self.graph_runner = self._make_graph_runner(self._capture_sizes())
+        if self.graph_runner is not None:
+            self.graph_runner.capture()
+
+    def run(self, batch: ForwardBatch) -> tuple[LogitsOutput, int | None, str]:
+        """One pass; which graph served it, or why none did.
+
+        Returns:
+            The output (views of the graph's memory if one was replayed), the graph's bucket
+            or ``None``, and the reason for an eager pass.
+        """
+        runner = self.graph_runner
+        reason = "graphs are off"
+        if runner is not None and batch.mode.is_graph():
+            answer = runner.can_run(batch)
+            if answer:
+                output = runner.replay(batch)
+                return output, runner.bucket_of(batch), ""
+            reason = answer.reason
+        elif runner is not None:
+            reason = f"{batch.mode.name} passes run eagerly"
+        return self._eager(batch), None, reason
+
+    def forward(self, batch: ForwardBatch) -> tuple[LogitsOutput, bool]:
+        """One pass, by a graph where one fits; also says whether one did.
+
+        Must run inside ``bound.runtime.inference_guard()``.
+
+        Raises:
+            ContractError: The mode never reaches a model.
+        """
+        if batch.mode.is_dummy_first() or batch.mode.is_split_prefill():
+            raise ContractError(
+                f"{batch.mode.name} is not a pass of the whole model; use EXTEND, DECODE, "
+                "MIXED, TARGET_VERIFY or IDLE"
+            )
+        output, bucket, _reason = self.run(batch)
+        return output, bucket is not None
+
+    def forward_decode(self, batch: ForwardBatch) -> LogitsOutput:
+        """An eager pass with one new token per request."""
+        return self._eager(batch)
+
+    def forward_extend(self, batch: ForwardBatch) -> LogitsOutput:
+        """An eager pass with several new tokens per request."""
+        return self._eager(batch)
+
+    def forward_idle(self, batch: ForwardBatch) -> LogitsOutput:
+        """A pass without tokens of its own: empty logits, and no attention metadata."""
+        return self._idle(batch)
+
+    def sample(self, output: LogitsOutput, batch: ForwardBatch) -> Tensor:
+        """Greedy tokens of a pass, ``[R]`` int64 on the device.
+
+        For engines of their own; ``runner.executor`` samples with every request's settings.
+        """
+        tokens: Tensor = output.next_token_logits.argmax(dim=-1)
+        return tokens
+
+    def update_weights_from_disk(self, folder: str | Path) -> UpdateResult:
+        """Replace all weights in place by those of another checkpoint; all or nothing."""
+        return self._updated(update_weights_from_disk(self.loaded.index, folder))
+
+    def update_weights_from_tensor(
+        self, named_tensors: NamedTensors | Bucket, load_format: UpdateFormat | None = None
+    ) -> UpdateResult:
+        """Replace some weights in place; all or nothing."""
+        return self._updated(
+            update_weights_from_tensor(self.loaded.index, named_tensors, load_format)
+        )
+
+    def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
+        """The first rows of one tensor as numbers, for comparisons."""
+        return get_weights_by_name(self.loaded.index, name, truncate_size)
+
+    def _updated(self, result: UpdateResult) -> UpdateResult:
+        if result:
+            self.bound.after_load(self.loaded.module)
+        return result
+
+    def _eager(self, batch: ForwardBatch) -> LogitsOutput:
+        if batch.mode.is_idle() or not batch.batch_size:
+            return self._idle(batch)
+        self.attention.prepare(batch)
+        self.attention.prepare_in_graph(batch)
+        return self.model.forward(batch)
+
+    def _idle(self, batch: ForwardBatch) -> LogitsOutput:
+        shape = (batch.num_tokens, self.spec.vocab_size)
+        dtype = getattr(torch, self.plan.dtype)
+        return LogitsOutput(
+            next_token_logits=torch.empty(shape, dtype=dtype, device=batch.input_ids.device)
+        )
+
+    def _cell_bytes(self) -> int:
+        itemsize = getattr(torch, self.plan.kv_dtype).itemsize
+        return cell_bytes(self.spec.calls, itemsize=itemsize)
+
+    def _make_pools(self, num_tokens: int) -> None:
+        memory, runtime = self.bound.capabilities.memory, self.bound.runtime
+        self.req_to_token_pool = ReqToTokenPool(
+            self.plan.max_running_requests,
+            self.plan.max_context_len,
+            runtime.device,
+            unified=memory.unified,
+        )
+        request = KVPoolRequest(
+            runtime=runtime,
+            calls=self.spec.calls,
+            num_tokens=num_tokens,
+            page_size=self.plan.page_size,
+            dtype=getattr(torch, self.plan.kv_dtype),
+        )
+        slots = AllocatorRequest(
+            num_tokens=num_tokens,
+            page_size=self.plan.page_size,
+            index_dtype=memory.index_dtype,
+        )
+        try:
+            self.kv_pool = self.bound.make_kv_pool(request) or make_kv_pool(request)
+        except (MemoryError, RuntimeError) as error:
+            raise DeviceMemoryError(
+                f"A cache of {num_tokens:,} tokens could not be allocated: {error}. Set "
+                "--max-total-tokens or --mem-fraction lower",
+                asked=num_tokens * self._cell_bytes(),
+                free=runtime.memory().free_bytes,
+            ) from error
+        self.allocator = self.bound.make_allocator(slots) or make_allocator(slots)
+
+    def _capture_sizes(self) -> tuple[int, ...]:
+        return capture_sizes(
+            self.plan.max_running_requests, sizes=self.config.capture_sizes
+        )
+
+    def _make_graph_runner(self, sizes: tuple[int, ...]) -> GraphRunner | None:
+        memory = self.bound.capabilities.memory
+        runner: GraphRunner | None = self.bound.make_graph_runner(
+            GraphRunnerRequest(
+                runtime=self.bound.runtime,
+                forward=self.model.forward,
+                attention=self.attention,
+                capture_sizes=sizes,
+                hidden_modes=(CaptureHiddenMode.NULL,),
+                index_dtype=memory.index_dtype,
+                record=self.decisions.record,
+                progress=self._report("graphs"),
+            )
+        )
+        return runner
+
+    def _report(self, what: str) -> Callable[[int, int], None] | None:
+        progress = self._progress
+        if progress is None:
+            return None
+        return lambda done, total: progress(what, done, total)
