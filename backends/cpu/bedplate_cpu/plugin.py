@@ -18,6 +18,7 @@ from bedplate.contract import (
     DeviceFacts,
     DeviceRuntime,
     GraphRunnerRequest,
+    OpRegistry,
     ProbeRequest,
     ProbeResult,
     ReportItem,
@@ -73,6 +74,13 @@ class CpuBackend:
         from bedplate_cpu.runtime import capabilities
 
         return capabilities(topology.read())
+
+    @hookimpl
+    def bedplate_register_ops(self, registry: OpRegistry) -> None:
+        """Operations with a faster form than the reference."""
+        from bedplate_cpu.ops import register
+
+        register(registry)
 
     @hookimpl
     def bedplate_register_attention(
