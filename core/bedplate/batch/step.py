@@ -11,7 +11,7 @@ from __future__ import annotations
 __all__ = ["PendingStep", "StepExecutor", "StepOutput", "TokenLogprobs"]
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +81,7 @@ class StepExecutor(Protocol):
     def asynchronous(self) -> bool:
         """Whether the host gains by planning the next step before this one is done."""
 
-    def set_request(self, row: int, params: object, prompt_len: int) -> None:
+    def set_request(self, row: int, params: Any, prompt_len: int) -> None:
         """Sampling settings of the request that now owns ``row`` of ``req_to_token``.
 
         Args:

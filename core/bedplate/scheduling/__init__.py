@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Which requests run, on which slots, and what each pass computes."""

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DecodeBatch: the arrays of the next decode pass, kept from step to step.
+
+A step advances all members in place; a request that joins or leaves costs one column of a
+few small arrays, whatever the size of the batch.  The order of members has no meaning.
+Used by the scheduler only.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DecodeBatch"]
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bedplate.scheduling.table import NO_STOP
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from bedplate.scheduling.table import RequestTable
+
+    Int32Array = npt.NDArray[np.int32]
+    Int64Array = npt.NDArray[np.int64]
+
+
+class DecodeBatch:
+    """Rows that decode, and their arrays.
+
+    The array attributes are views of B entries; those of composition (``rows`` …) are
+    replaced, never changed, when a member joins or leaves, so a step in flight may keep them.
+
+    Attributes:
+        size: B.
+        epoch: Changes with every member that joins or leaves.
+        rows: ``[B]`` int32.
+        row_index: ``[B]`` the same as int64, which indexing wants.
+        serials: ``[B]`` int64, of the table at the time of joining.
+        numbers: ``[B]`` int64 arrival numbers.
+        on_device: ``[B]`` bool, all true.
+        seq_lens: ``[B]`` int32 in place; length after the pass planned last.
+        slots: ``[B]`` int32 in place; slot of the last token.
+        positions: ``[B]`` int64 in place.
+        input_ids: ``[B]`` int64 in place; next input, as far as the host knows it.
+        flat: ``[B]`` int64 in place; index of the last slot in the flat table.
+        stops: ``W`` arrays ``[B]`` int64.
+        index_of: ``[R]`` int32; member index of a row, −1 for no member.
+        steps_left: Decode steps for which certainly no member reaches its length.
+    """
+
+    def __init__(self, table: RequestTable) -> None:
+        capacity = table.num_rows
+        self._table = table
+        self._int32 = np.zeros((3, capacity), np.int32)
+        self._int64 = np.zeros((3, capacity), np.int64)
+        self._stops = np.full((1, capacity), NO_STOP, np.int64)
+        self._true = np.ones(capacity, np.bool_)
+        self.index_of = np.full(capacity, -1, np.int32)
+        self.steps_left = 0
+        self.size = 0
+        self.epoch = 0
+        self._stale = True
+        self.refresh()
+
+    def add(self, row: int) -> None:
+        """Let a row take part from the next pass on; its last slot is already set."""
+        table, i = self._table, self.size
+        length = int(table.seq_len[row])
+        flat = row * table.stride + length - 1
+        self._int32[:, i] = (row, length, table.slots[flat])
+        self._int64[:, i] = (length - 1, table.flat_tokens[flat + 1], flat)
+        if len(table.stops) != len(self._stops):
+            self._restop()
+        self._stops[:, i] = table.stops[:, row]
+        self.index_of[row] = i
+        left = int(table.max_len[row]) - 1 - length
+        self.steps_left = left if self.size == 0 else min(self.steps_left, left)
+        self.size += 1
+        self._changed()
+
+    def remove(self, row: int) -> None:
+        """Let the last member take the place of a row."""
+        i, last = int(self.index_of[row]), self.size - 1
+        self.index_of[row] = -1
+        if i != last:
+            self._int32[:, i] = self._int32[:, last]
+            self._int64[:, i] = self._int64[:, last]
+            self._stops[:, i] = self._stops[:, last]
+            self.index_of[self._int32[0, i]] = i
+        self.size = last
+        self._changed()
+
+    def advance(self, slots: Int32Array) -> None:
+        """Every member gets one more token, at ``slots``.
+
+        ``seq_lens`` was already raised by the caller, who needed it to get the slots.
+        """
+        self.slots[:] = slots
+        self.positions += 1
+        self.flat += 1
+        table = self._table
+        table.slots[self.flat] = slots
+        table.seq_len[self.row_index] = self.seq_lens
+        self.steps_left -= 1
+
+    def ending(self) -> Int64Array | None:
+        """Members for which the pass just planned is the last; ``None`` = nobody."""
+        if self.steps_left > 0:
+            return None
+        left = self._table.max_len[self.row_index] - 1 - self.seq_lens
+        ends = np.flatnonzero(left <= 0)
+        rest = left[left > 0]
+        self.steps_left = int(rest.min()) if len(rest) else 0
+        return ends if len(ends) else None
+
+    def feed(self, rows: Int64Array, tokens: Int64Array) -> None:
+        """Tell members the values of their next inputs; rows that left are skipped."""
+        index = self.index_of[rows]
+        here = index >= 0
+        self._int64[1, index[here]] = tokens[here]
+
+    def refresh(self) -> None:
+        """Renew the views after members joined or left."""
+        if not self._stale:
+            return
+        self._stale = False
+        n, table = self.size, self._table
+        self.rows = self._int32[0, :n].copy()
+        self.row_index = self.rows.astype(np.int64)
+        self.serials = table.serial[self.row_index]
+        self.numbers = table.number[self.row_index]
+        self.on_device = self._true[:n]
+        self.seq_lens, self.slots = self._int32[1, :n], self._int32[2, :n]
+        self.positions, self.input_ids, self.flat = self._int64[:, :n]
+        self.stops = tuple(column[:n] for column in self._stops)
+
+    def _changed(self) -> None:
+        self.epoch += 1
+        self._stale = True
+
+    def _restop(self) -> None:
+        """The table has wider stop columns now."""
+        self._stops = np.full((len(self._table.stops), self._table.num_rows), NO_STOP, np.int64)
+        members = self._int32[0, : self.size]
+        self._stops[:, : self.size] = self._table.stops[:, members]
