@@ -16,19 +16,18 @@ from __future__ import annotations
 
 __all__ = ["AttentionBridge", "StepContext"]
 
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor, nn
 
 from bedplate.errors import ContractError
 from bedplate.models import latent
 from bedplate.models.transformers_api import register_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor, nn
 
     from bedplate.batch.forward_batch import ForwardBatch
     from bedplate.contract.attention import AttentionBackend, AttentionCallSpec
@@ -91,7 +90,20 @@ class AttentionBridge:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         attention_mask: Tensor | None, scaling: float | None, arguments: dict[str, Any],
     ) -> Tensor:
-        """One call: ``[1, H, T, D]``, ``[1, K, T, D]``, ``[1, K, T, Dv]`` → ``[1, T, H, Dv]``."""
+        """Serve one call as transformers makes it.
+
+        Args:
+            module: The caller.
+            query: ``[1, H, T, D]``; only its strides differ between families.
+            key: ``[1, K, T, D]``; the latent ``[1, 1, T, L]`` where it is kept.
+            value: ``[1, K, T, Dv]``; the rotated part of the key where the latent is kept.
+            attention_mask: Must be ``None``.
+            scaling: Compared with the description in check mode.
+            arguments: The other keywords.
+
+        Returns:
+            ``[1, T, H, Dv]``.
+        """
         step, call = self._next(module)
         if attention_mask is not None:
             raise ContractError(

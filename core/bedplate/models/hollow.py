@@ -15,15 +15,17 @@ from __future__ import annotations
 
 __all__ = ["HollowProducts", "hollow_model", "is_hollow"]
 
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own custom
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 LARGE_NUMEL = 1 << 14
 """Parameters of more elements than this are hollow."""

@@ -16,7 +16,16 @@ L = rank of the latent, V = value size per head.
 
 from __future__ import annotations
 
-__all__ = ["absorb", "absorbs", "expand", "keep_latent", "latent_keys", "latent_modules"]
+__all__ = [
+    "absorb",
+    "absorbs",
+    "expand",
+    "is_kept",
+    "keep_latent",
+    "latent_keys",
+    "latent_modules",
+    "value_size",
+]
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +47,16 @@ def keep_latent(module: nn.Module) -> None:
     module.__dict__["expand_kv"] = _identity
 
 
+def is_kept(module: nn.Module) -> bool:
+    """Whether ``keep_latent`` was called on ``module``."""
+    return module.__dict__.get("expand_kv") is _identity
+
+
+def value_size(module: nn.Module, num_heads: int, nope_size: int) -> int:
+    """V: columns of one head's value after the expansion."""
+    return _per_head(module, num_heads).shape[1] - nope_size
+
+
 def _identity(latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
     return latent, rope_key
 
@@ -51,9 +70,8 @@ def absorb(module: nn.Module, query: Tensor, rope_size: int) -> Tensor:
     """Queries against the latent: ``[T, H, N + R]`` → ``[T, H, L + R]``."""
     nope = query.shape[-1] - rope_size
     weight = _per_head(module, query.shape[1])[:, :nope]  # [H, N, L]
-    plain, rotated = query.split((nope, rope_size), dim=-1)
-    projected = torch.bmm(plain.transpose(0, 1), weight).transpose(0, 1)
-    return torch.cat((projected, rotated), dim=-1)
+    projected = torch.bmm(query[..., :nope].transpose(0, 1), weight).transpose(0, 1)
+    return torch.cat((projected, query[..., nope:]), dim=-1)
 
 
 def expand(module: nn.Module, latent_out: Tensor, nope_size: int) -> Tensor:
@@ -97,7 +115,5 @@ def _agrees(
     stored = latent_keys(latent[0].transpose(0, 1), rope[0].transpose(0, 1))
     ours = torch.einsum("nhd,lkd->hnl", absorb(module, query, rope_size), stored)
     values = expand(module, latent[0].transpose(0, 1).expand(-1, num_heads, -1), nope_size)
-    near = {"rtol": 1e-3, "atol": 1e-3}
-    return torch.allclose(own, ours, **near) and torch.allclose(
-        value[0].transpose(0, 1), values, **near
-    )
+    pairs = ((own, ours), (value[0].transpose(0, 1), values))
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 __all__ = ["Observation", "SeenCall", "observe"]
 
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from bedplate.models import latent
 from bedplate.models import transformers_api as hf
 from bedplate.models.hollow import HollowProducts
 from bedplate.models.mask_probe import MaskFacts, MaskFunction, UnreadableMaskError, ask_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 NUM_TOKENS = 5
 TAINTED_TOKEN = 2
@@ -128,17 +131,21 @@ class _Watcher:
     ) -> tuple[Tensor, None]:
         self._alive += [query, key, value]
         causal = arguments.get("is_causal")
+        if causal is None:
+            causal = getattr(module, "is_causal", True)
         self._seen.calls.append(
             SeenCall(
                 module=self._names[id(module)],
-                query=tuple(query.shape), key=tuple(key.shape), value=tuple(value.shape),
+                query=tuple(query.shape),
+                key=tuple(key.shape),
+                value=tuple(value.shape),
                 scaling=scaling,
                 storage=(_memory(key), _memory(value)),
                 mask=self._facts(attention_mask),
-                is_causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+                is_causal=bool(causal),
                 arguments={k: v for k, v in arguments.items() if v is not None},
             )
-        )  # fmt: skip
+        )
         return _local_attention(module, query, key, value), None
 
     def _facts(self, mask: Tensor | None) -> MaskFacts | str | None:
@@ -155,11 +162,10 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _local_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """``[1, T, H, Dv]`` in which every token sees itself alone, so that NaN stays in its row."""
+    """``[1, T, H, Dv]``: every token sees itself alone, so that NaN stays in its row."""
     size = value.shape[-1]
-    if "expand_kv" in module.__dict__:  # latent: the result is what the expansion would give
-        per_head = module.kv_b_proj.out_features // query.shape[1]  # type: ignore[union-attr]
-        size = per_head - (query.shape[-1] - value.shape[-1])  # type: ignore[assignment]
+    if latent.is_kept(module):  # the result is what the expansion would give
+        size = latent.value_size(module, query.shape[1], query.shape[-1] - value.shape[-1])
     out = query.new_full((*query.shape[:1], query.shape[2], query.shape[1], size), 0.01)
     for operand in (query, key, value):
         spoiled = operand.isnan().any(-1).any(1)

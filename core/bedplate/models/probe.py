@@ -22,12 +22,20 @@ from bedplate.models import latent
 from bedplate.models import transformers_api as hf
 from bedplate.models.hollow import hollow_model
 from bedplate.models.mask_probe import MaskFacts
-from bedplate.models.observation import NUM_TOKENS, TAINTED_TOKEN, Observation, SeenCall, observe
+from bedplate.models.observation import (
+    NUM_TOKENS,
+    TAINTED_TOKEN,
+    Observation,
+    SeenCall,
+    observe,
+)
 from bedplate.models.rope_limit import rope_limit
 from bedplate.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from bedplate.models.observation import Observation, SeenCall
 
 SHIFT = 7
 """Distance between the positions that are given and those that a model counts itself."""
@@ -74,7 +82,7 @@ def _probe(name: str, model_class: Callable[[Any], nn.Module], config: Any) -> M
     config._experts_implementation = "eager"
     model: Any = hollow_model(model_class, config)
     hf.set_experts(model, "eager")
-    if not hf.takes_argument(model, "position_ids"):
+    if not hf.takes_argument(model, "position_ids", passed_on=True):
         raise _refusal(name, "its forward takes no position_ids, so requests of different "
                              "lengths cannot share a batch")
     expansions = latent.latent_modules(model)

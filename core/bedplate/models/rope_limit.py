@@ -11,11 +11,12 @@ from __future__ import annotations
 
 __all__ = ["freeze_ropes", "rope_limit"]
 
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from bedplate.models import transformers_api as hf
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _SWITCHING = ("dynamic", "longrope")
 

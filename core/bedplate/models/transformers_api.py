@@ -17,8 +17,8 @@ __all__ = [
     "isolate_configs",
     "load_config",
     "output_embeddings",
-    "registered_attention",
     "register_attention",
+    "registered_attention",
     "registered_mask",
     "set_attention",
     "set_experts",
@@ -28,10 +28,8 @@ __all__ = [
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -43,6 +41,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 ATTENTION_NAME = "bedplate"
 """Our run-time name.  No mask function is ever registered under it: that is what makes
@@ -78,14 +80,22 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
     """The module that turns hidden states into logits."""
-    return model.get_output_embeddings()
+    head: nn.Module | None = model.get_output_embeddings()
+    return head
 
 
-def takes_argument(model: PreTrainedModel, name: str) -> bool:
-    """Whether the model's forward, or the decoder it passes keywords to, names ``name``."""
-    parts = [model, model.base_model]
-    decoder = getattr(model, "get_decoder", lambda: None)()
-    parts += [decoder] if decoder is not None else []
+def takes_argument(model: PreTrainedModel, name: str, *, passed_on: bool = False) -> bool:
+    """Whether the model's forward names ``name``.
+
+    Args:
+        model: The model.
+        name: The argument.
+        passed_on: Also where only the decoder inside names it; keywords are passed to it.
+    """
+    parts = [model]
+    if passed_on:
+        decoder = getattr(model, "get_decoder", lambda: None)()
+        parts += [part for part in (model.base_model, decoder) if part is not None]
     return any(name in inspect.signature(type(part).forward).parameters for part in parts)
 
 
@@ -168,4 +178,5 @@ def constant_rope(rotary: nn.Module) -> Callable[..., Any] | None:
     original = inspect.unwrap(type(rotary).forward)
     if original is type(rotary).forward:
         return None
-    return torch.no_grad()(original.__get__(rotary))
+    bound: Callable[..., Any] = torch.no_grad()(original.__get__(rotary))
+    return bound

@@ -10,7 +10,15 @@ Windows and chunks become 8 tokens, shorter than the prompts of the tests.
 
 from __future__ import annotations
 
-__all__ = ["FAMILIES", "TINY_SIZES", "fill_weights", "tiny_config", "tiny_model"]
+__all__ = [
+    "FAMILIES",
+    "SWEEP_OVERRIDES",
+    "TINY_SIZES",
+    "family",
+    "fill_weights",
+    "tiny_config",
+    "tiny_model",
+]
 
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -28,27 +36,31 @@ WINDOW_TOKENS = 8
 
 TINY_SIZES: Mapping[str, Any] = {
     # Width and depth.
-    "hidden_size": 64, "n_embd": 64, "d_model": 64, "embed_dim": 64, "embedding_size": 64,
-    "word_embed_proj_dim": 64, "dim": 64, "hidden_dim": 64,
-    "num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4,
-    "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "ffn_hidden_size": 96,
-    "intermediate_size_mlp": 96, "expert_ffn_hidden_size": 48, "expert_ffn_size": 48, "feed_forward_proj_dim": 96, "d_ff": 96,
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "embedding_size"), 64),
+    **dict.fromkeys(("word_embed_proj_dim", "dim", "hidden_dim"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4),
+    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "d_ff", "ffn_dim"), 96),
+    **dict.fromkeys(("n_inner", "ffn_hidden_size", "feed_forward_proj_dim"), 96),
     # Heads.
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
-    "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 16, "d_kv": 16,
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "d_kv"), 16),
+    "is_decoder": True,
     # Latent attention.
-    "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
-    "v_head_dim": 12, "qk_head_dim": 24,
+    "q_lora_rank": 24, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "qk_head_dim": 24, "v_head_dim": 12,
     # Visibility.
     "sliding_window": WINDOW_TOKENS, "attention_chunk_size": WINDOW_TOKENS,
     # Experts.
-    "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48,
-    "n_routed_experts": 8, "num_experts": 8, "num_local_experts": 8, "moe_num_experts": 8,
-    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2,
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 48),
+    **dict.fromkeys(("expert_ffn_hidden_size", "expert_ffn_size"), 48),
+    **dict.fromkeys(("n_routed_experts", "num_experts"), 8),
+    **dict.fromkeys(("num_local_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_dense_layers": 1,
     # Vocabulary.
     "vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 512),
 }  # fmt: skip
 """Size by name of the field; a configuration takes those that it has."""
 
@@ -57,12 +69,12 @@ _FEATURES = {"sliding_window", "attention_chunk_size", "q_lora_rank", "n_inner"}
 
 _SLIDING = ("sliding_attention", "full_attention")
 
-_LATENT = {"num_key_value_heads": 4, "head_dim": 8}
+_HALF_SLIDING = {"use_sliding_window": True, "max_window_layers": 2}
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     # List A of the design: these block a release.
     "llama": {},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": WINDOW_TOKENS},
+    "qwen2": _HALF_SLIDING | {"sliding_window": WINDOW_TOKENS},
     "qwen3": {},
     "mistral": {},
     "ministral3": {},
@@ -89,7 +101,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "opt": {},
     "gpt_oss": {"layer_types": _SLIDING * 2},
     "mixtral": {"sliding_window": WINDOW_TOKENS},
-    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 2},
+    "qwen2_moe": _HALF_SLIDING,
     "qwen3_moe": {},
     "glm4_moe": {},
     "ernie4_5_moe": {},
@@ -97,13 +109,16 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "llama4_text": {},
     "minimax_m2": {},
     # List B: latent attention.
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
-    "minicpm3": _LATENT,
-    "glm4_moe_lite": _LATENT,
-    "longcat_flash": _LATENT,
+    "deepseek_v2": {},
+    "deepseek_v3": {},
+    "minicpm3": {},
+    "glm4_moe_lite": {},
+    "longcat_flash": {},
 }  # fmt: skip
 """Certified families, with what each needs beside ``TINY_SIZES``."""
+
+SWEEP_OVERRIDES: Mapping[str, Mapping[str, Any]] = {}
+"""What other families need for the sweep over all classes."""
 
 
 def tiny_config(config_class: type[Any], overrides: Mapping[str, Any] | None = None) -> Any:
@@ -126,6 +141,9 @@ def _tiny_fields(config_class: type[Any], overrides: Mapping[str, Any]) -> dict[
     fields = {
         k: v for k, v in fields.items() if k not in _FEATURES or default.__dict__[k] is not None
     }
+    if "kv_lora_rank" in fields:  # every head expands the one latent
+        own = {"num_key_value_heads": 4, "head_dim": 8}
+        fields |= {k: v for k, v in own.items() if k in fields}
     return fields | {k: list(v) if isinstance(v, tuple) else v for k, v in overrides.items()}
 
 
@@ -145,9 +163,7 @@ def fill_weights(model: nn.Module, *, seed: int = 0) -> None:
     Matrices have standard deviation 0.15, embeddings 1.0; vectors stay near their kind's
     neutral value: 1 for those that transformers initialises to 1, else 0.
     """
-    embeddings = {
-        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)
-    }
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         chance = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         noise = torch.randn(parameter.shape, generator=chance).to(parameter.dtype)
@@ -161,5 +177,5 @@ def fill_weights(model: nn.Module, *, seed: int = 0) -> None:
 def family(model_type: str) -> tuple[type[Any], Any]:
     """The causal-LM class and a tiny configuration of a certified family."""
     config_class = hf.causal_lm_config_class(model_type)
-    classes = {c: m for c, m in hf.causal_lm_classes()}
+    classes = dict(hf.causal_lm_classes())
     return classes[config_class], tiny_config(config_class, FAMILIES[model_type])

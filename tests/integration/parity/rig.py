@@ -18,6 +18,7 @@ from bedplate.batch.forward_mode import ForwardMode
 from bedplate.contract.attention import AttentionBuild
 from bedplate.contract.memory import KVPoolRequest
 from bedplate.memory.kv_pool import LayeredKVPool
+from bedplate.models import transformers_api as hf
 from bedplate.models.adapter import HFModel
 from bedplate.reference.attention import ReferenceAttention
 from bedplate.reference.runtime import TorchRuntime
@@ -42,9 +43,9 @@ class Sequence:
 class Rig:
     """Pools, attention and one model; sequences are advanced in packed passes."""
 
-    def __init__(self, module, spec, *, seed=0, backend=ReferenceAttention):
+    def __init__(self, module, spec, *, seed=0, backend=ReferenceAttention, check=True):
         self.oracle = copy.deepcopy(module)
-        self.model = HFModel(module, spec, check=True)
+        self.model = HFModel(module, spec, check=check)
         runtime = TorchRuntime("cpu")
         pool = LayeredKVPool(
             KVPoolRequest(
@@ -80,7 +81,7 @@ class Rig:
         sequence.cached, sequence.slots = 0, []
         self.req_to_token[sequence.row] = 0
 
-    def extend(self, *parts, rows=None):
+    def extend(self, *parts):
         """One EXTEND pass: ``(sequence, number of its tokens that are new)`` each."""
         batch = self._batch(ForwardMode.EXTEND, parts)
         self._run(batch, parts)
@@ -93,14 +94,30 @@ class Rig:
         parts = [(sequence, 1) for sequence in sequences]
         self._run(self._batch(ForwardMode.DECODE, parts), parts)
 
+    def spread(self, *sequences):
+        """Standard deviation of the logits that were seen."""
+        seen = [logits for sequence in sequences for logits in sequence.logits.values()]
+        return float(torch.stack(seen).std())
+
     def check(self, *sequences):
-        """Largest logit error against the oracle; every greedy choice must be the oracle's."""
+        """Largest logit error against the oracle, over every position that was seen."""
         worst = 0.0
         for sequence in sequences:
             expected = oracle_logits(self.oracle, sequence.tokens)
             for position, logits in sequence.logits.items():
                 worst = max(worst, float((logits - expected[position]).abs().max()))
         return worst
+
+    def disagreements(self, *sequences):
+        """Chosen tokens that the oracle would not have chosen, with its top-2 margin there."""
+        found = []
+        for sequence in sequences:
+            expected = oracle_logits(self.oracle, sequence.tokens)
+            for position, logits in sequence.logits.items():
+                best = expected[position].topk(2).values
+                if logits.argmax() != expected[position].argmax():
+                    found.append((sequence.row, position, float(best[0] - best[1])))
+        return found
 
     def _batch(self, mode, parts):
         news, prefixes, tokens, positions, slots = [], [], [], [], []
@@ -164,6 +181,5 @@ class Rig:
 @torch.no_grad()
 def oracle_logits(model, tokens):
     """``[T, V]`` of transformers' own eager attention over the whole sequence."""
-    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
-        config._attn_implementation = "eager"
+    hf.set_attention(model, "eager")
     return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
