@@ -325,7 +325,8 @@ class EngineCore:
     def _describe(self, error: BaseException) -> str:
         explanation = self._explain(error)
         text = f"{type(error).__name__}: {error}"
-        _log.error("%s", text, exc_info=error)
+        details = error if _log.isEnabledFor(logging.DEBUG) else None
+        _log.warning("%s", text, exc_info=details)
         return f"{text}. {explanation}" if explanation else text
 
     def _observe(

@@ -57,6 +57,7 @@ class Scheduler:
     Attributes:
         admitted: Requests that got a row in the pass planned last.
         roster: Where every request stands.
+        slots: Where slots come from.
 
     Raises:
         ConfigError: The token budget holds not even one page.
@@ -85,8 +86,8 @@ class Scheduler:
         self._budget = max_prefill_tokens
         self._mixed = mixed
         self.overlap = overlap
-        self._slots = SlotSource(allocator, page_size, prefix_cache=prefix_cache)
-        self.roster = Roster(req_to_token_pool, self._slots, page_size, max_running_requests)
+        self.slots = SlotSource(allocator, page_size, prefix_cache=prefix_cache)
+        self.roster = Roster(req_to_token_pool, self.slots, page_size, max_running_requests)
         self._in_flight: deque[PlannedStep] = deque()
         self._must_settle = False
         self.admitted: list[Request] = []
@@ -109,7 +110,7 @@ class Scheduler:
     @property
     def free_tokens(self) -> int:
         """Slots that are free or can be made so without harming a request."""
-        return self._slots.free_size()
+        return self.slots.free_size()
 
     def limit_of(self, prompt_len: int, max_tokens: int | None) -> int:
         """Length at which a request must end.
@@ -119,7 +120,7 @@ class Scheduler:
                 attributes.
         """
         # The last token is never computed, so it needs no slot.
-        room = min(self._max_context_len, self._slots.capacity + 1)
+        room = min(self._max_context_len, self.slots.capacity + 1)
         wanted = prompt_len + (1 if max_tokens is None else max_tokens)
         if wanted <= room:
             return room if max_tokens is None else wanted
@@ -127,12 +128,12 @@ class Scheduler:
         raise RequestTooLongError(
             f"A prompt of {prompt_len} tokens and {new} make {wanted}, but a request can have "
             f"{room}: the context holds {self._max_context_len} and the key-value pool "
-            f"{self._slots.capacity} tokens. Shorten the prompt, lower max_tokens, or raise "
+            f"{self.slots.capacity} tokens. Shorten the prompt, lower max_tokens, or raise "
             "max_context_len or the pool's share of memory",
             prompt_len=prompt_len,
             max_tokens=max_tokens,
             max_context_len=self._max_context_len,
-            pool_tokens=self._slots.capacity,
+            pool_tokens=self.slots.capacity,
         )
 
     def add(self, request: Request) -> None:
@@ -212,7 +213,7 @@ class Scheduler:
         if end == start:
             return 0
         last_slot = int(table.slots_of(row, start - 1, start)[0]) if start else -1
-        slots = self._slots.extend(start, end, last_slot)
+        slots = self.slots.extend(start, end, last_slot)
         if slots is None:
             return 0
         table.extend(row, slots)
@@ -296,7 +297,7 @@ class Scheduler:
         decode = self.roster.decode
         decode.refresh()
         decode.seq_lens += 1
-        slots = self._slots.decode(decode.seq_lens, decode.slots)
+        slots = self.slots.decode(decode.seq_lens, decode.slots)
         if slots is None:
             decode.seq_lens -= 1
             return False

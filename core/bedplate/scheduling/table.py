@@ -47,7 +47,7 @@ class RequestTable:
     def __init__(self, req_to_token: npt.NDArray[np.int32]) -> None:
         rows, columns = req_to_token.shape
         self.stride = columns
-        self.num_rows = rows
+        self.num_rows: int = rows
         self.slots = req_to_token.reshape(-1)
         self.tokens = np.zeros((rows, columns), np.int32)
         self.flat_tokens = self.tokens.reshape(-1)
