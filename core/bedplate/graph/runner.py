@@ -77,7 +77,7 @@ class GraphRunner(ABC):
 
     @abstractmethod
     def create_graph(self, key: ShapeKey) -> Any:
-        """Make an empty graph object. Required; called once per capture, warm-ups done."""
+        """Make an empty graph object. Required; called once per capture, before warm-ups."""
 
     @abstractmethod
     def capture_graph(self, graph: Any, run: Callable[[], LogitsOutput]) -> LogitsOutput:
@@ -157,12 +157,12 @@ class GraphRunner(ABC):
             self._static_slots().reset()
             batch = self._static_batch(key.batch_size, key.hidden_mode)
             with model_capture_mode(), runtime.inference_guard():
+                graph = self.create_graph(key)
                 self._attention.prepare(batch)
                 run = self._recorded_part(batch)
                 for _ in range(_WARM_UPS):
                     runtime.synchronize()
                     run()
-                graph = self.create_graph(key)
                 output = self.capture_graph(graph, run)
         except Exception as error:
             raise _capture_error(key, error) from error
@@ -337,9 +337,10 @@ def _check(request: GraphRunnerRequest) -> None:
 
 
 def _capture_error(key: ShapeKey, error: Exception) -> CaptureError:
+    cause = str(error).partition("\n")[0].rstrip(".")
     return CaptureError(
         f"capturing a graph for {key.batch_size} requests failed: {type(error).__name__}: "
-        f"{error}. Capture fewer or smaller sizes, leave more memory free, or run without "
+        f"{cause}. Capture fewer or smaller sizes, leave more memory free, or run without "
         "graphs",
         key=key,
     )

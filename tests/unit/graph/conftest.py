@@ -2,18 +2,21 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bedplate.batch.forward_batch import ForwardBatch
 from bedplate.batch.forward_mode import CaptureHiddenMode
-from bedplate.batch.logits import LogitsOutput
-from bedplate.contract.decisions import Decision
 from bedplate.contract.graph import GraphRunnerRequest
 from bedplate.testing.graphs import CountingRuntime, TapeGraphRunner
 from bedplate.testing.tiny_decoder import TinyAttention, TinyDecoder, decode_batch
+
+if TYPE_CHECKING:
+    from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.batch.logits import LogitsOutput
+    from bedplate.contract.decisions import Decision
 
 
 @dataclass
@@ -70,5 +73,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> type[Bench]:
+def bench(monkeypatch: pytest.MonkeyPatch) -> type[Bench]:
+    # Two full collections per capture would be most of the time of these tests.
+    monkeypatch.setattr(gc, "collect", lambda: 0)
     return Bench
