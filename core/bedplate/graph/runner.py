@@ -178,6 +178,10 @@ class GraphRunner(ABC):
         self.stats.refusals[found] += 1
         return _NO[found]
 
+    def bucket_of(self, batch: ForwardBatch) -> int | None:
+        """Requests of the graph that serves a batch of this size; ``None`` = too large."""
+        return pad_to(batch.batch_size, self.request.capture_sizes)
+
     def replay_prepare(self, batch: ForwardBatch) -> Route:
         """Load the slots and prepare attention, padded: all that precedes the launch.
 

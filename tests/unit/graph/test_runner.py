@@ -399,6 +399,12 @@ def test_replays_are_counted_by_bucket(bench):
     assert it.runner.stats.replays == {1: 1, 4: 3}
 
 
+@pytest.mark.parametrize(("size", "bucket"), [(1, 1), (3, 4), (8, 8), (9, None)])
+def test_bucket_of_a_batch(bench, size, bucket):
+    it = bench()
+    assert it.runner.bucket_of(it.batch([3] * size)) == bucket
+
+
 def test_host_integers_are_part_of_the_key(bench):
     """A graph in which a length was baked as a Python number must not serve another."""
     it = bench(sizes=(1, 2))
