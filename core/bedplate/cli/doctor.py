@@ -60,14 +60,11 @@ def _environment(found: Survey) -> list[ReportItem]:
         ReportItem(name="memory", value=gib),
     ]
     items += [_version(found, name) for name in ("bedplate", "torch", "transformers")]
-    for name in env.unknown_variables():
-        remedy = f"The core knows: {', '.join(env.VARIABLES)}; a plugin may read others."
-        items.append(
-            ReportItem(
-                name=name, value="not a variable of the core", status="warn", remedy=remedy
-            )
-        )
-    return items
+    remedy = f"The core knows: {', '.join(env.VARIABLES)}; a plugin may read others."
+    return items + [
+        ReportItem(name=name, value="unknown to the core", status="warn", remedy=remedy)
+        for name in env.unknown_variables()
+    ]
 
 
 def _version(found: Survey, name: str) -> ReportItem:

@@ -11,6 +11,7 @@ __all__ = ["AttentionProviders"]
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+from bedplate.contract.attention import AttentionProvider
 from bedplate.contract.decisions import Candidate, Decision
 from bedplate.errors import BackendError, ContractError
 from bedplate.registry.faults import fault
@@ -20,7 +21,7 @@ from bedplate.registry.support import ask_support
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bedplate.contract.attention import AttentionProvider, AttentionRequest
+    from bedplate.contract.attention import AttentionRequest
     from bedplate.registry.decisions import DecisionLog
 
 Mode = Literal["all", "decode", "extend"]
@@ -43,8 +44,11 @@ class AttentionProviders:
         """Add one implementation.
 
         Raises:
-            ContractError: The name is taken.
+            ContractError: It is no ``AttentionProvider``, or its name is taken.
         """
+        if not isinstance(provider, AttentionProvider):
+            kind = type(provider).__name__
+            raise ContractError(f"Attention must be offered as AttentionProvider, not {kind}.")
         if any(rival.name == provider.name for rival in self._providers):
             raise ContractError(
                 f"Plugin '{provider.provider}' registers attention '{provider.name}', which "

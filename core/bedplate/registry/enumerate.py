@@ -84,7 +84,7 @@ def enumerate_plugins(
     known = home.extras - TOOL_EXTRAS if home else frozenset()
     allowed = allowed or PluginFilter()
     own = {record.name for record in records if _is_home(record)}
-    reserved = RESERVED_WORDS | known | own
+    reserved = RESERVED_WORDS | own | (home.extras if home else frozenset())
     judged = _refuse_duplicates([_judge(r, reserved, allowed) for r in records])
     findings += _allowed_but_absent(allowed, {record.name for record in records})
     return Survey(
