@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Root-mean-square norms, recognised by how they round.
+
+In bfloat16 the order of the cast and of the weight decides which of two near-equal tokens
+wins, and families differ.  So a module is run on random bfloat16 data and compared bit for
+bit with each known order; the order goes to the operation, which must keep it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["NormSite", "find_norms", "rounding_order"]
+
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from bedplate.contract import OpProvider, OpRequest
+from bedplate.models.fusion.site import Evidence, Shadow, Site, difference, tolerance
+from bedplate.reference.ops import RMS_NORM_ORDERS, rms_norm
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bedplate.models.fusion.calls import Call
+
+# Rows so small that eps decides, ordinary ones, and large ones.
+SCALES = (1e-3, 3e-2, 1.0, 30.0)
+
+
+def find_norms(calls: Sequence[Call]) -> list[NormSite]:
+    """Every childless module that rounds as a known root-mean-square norm does."""
+    known: dict[tuple[object, ...], tuple[str, float] | None] = {}
+    first = {call.path: call for call in reversed(calls)}
+    several = {call.path for call in calls if not call.alone}
+    sites = []
+    for path, call in first.items():
+        if path in several or not _may_be_norm(call.module, call.x):
+            continue
+        key = (type(call.module), *sorted(_epsilons(call.module)), call.x.shape[-1])
+        if key not in known:
+            known[key] = rounding_order(call.module, call.x.shape[-1])
+        form = known[key]
+        if form is not None:
+            sites.append(NormSite(path, call.module, call.x, *form))
+    return sites
+
+
+def rounding_order(module: nn.Module, size: int) -> tuple[str, float] | None:
+    """How ``module`` rounds, and its epsilon; ``None`` if it is no known norm.
+
+    Works on a copy in bfloat16 on the host, with random weights, so that equal bits mean the
+    same arithmetic and not a lucky weight of one.
+
+    Args:
+        module: Childless, called with one ``[…, E]`` tensor.
+        size: E.
+    """
+    generator = torch.Generator().manual_seed(0)
+    copy = deepcopy(module).to("cpu", torch.bfloat16)
+    x = torch.randn(len(SCALES), 3, size, generator=generator)
+    x = (x * torch.tensor(SCALES)[:, None, None]).bfloat16()
+    weight = next(copy.parameters(), None)
+    with torch.no_grad():
+        if weight is not None:
+            weight.copy_(1 + 0.5 * torch.randn(size, generator=generator))
+        try:
+            want = copy(x)
+        except Exception:
+            return None  # not a function of one such tensor
+        for order in RMS_NORM_ORDERS if weight is not None else ("no_weight",):
+            for eps in _epsilons(module):
+                got = rms_norm(x, None if order == "no_weight" else weight, eps, order)
+                if _same_bits(got, want):
+                    return order, eps
+    return None
+
+
+class NormSite(Site):
+    """One norm.
+
+    Args:
+        path: Its path.
+        module: The norm.
+        example: An input as the model gives it: dtype, device and last size count.
+        order: Its rounding order.
+        eps: Added to the mean square.
+    """
+
+    pattern = "norm"
+
+    def __init__(
+        self, path: str, module: nn.Module, example: Tensor, order: str, eps: float
+    ) -> None:
+        self.path = path
+        self.kind = f"norm {type(module).__name__} {order}"
+        self._module = module
+        self._size = example.shape[-1]
+        self._dtype, self._device = example.dtype, example.device
+        self._order, self._eps = order, eps
+        self._call: Shadow | None = None
+
+    def request(self) -> OpRequest:
+        """``rms_norm`` with the order that must be kept."""
+        dtype = str(self._dtype).removeprefix("torch.")
+        attributes = {"order": self._order, "size": self._size, "eps": self._eps}
+        return OpRequest(op="rms_norm", dtype=dtype, attributes=attributes)
+
+    def gains(self, provider: OpProvider) -> str:
+        """A kernel does in one pass what the module does in seven."""
+        if provider.kind == "reference":
+            return ""
+        return f"one kernel by {provider.provider}, order {self._order}"
+
+    @torch.no_grad()
+    def verify(self, provider: OpProvider) -> Evidence:
+        """The operation against the module with its own weights, on random data."""
+        weight = None if self._order == "no_weight" else next(self._module.parameters())
+        self._call = Shadow(provider.call, weight=weight, eps=self._eps, order=self._order)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(len(SCALES), 3, self._size, generator=generator)
+        x = (x * torch.tensor(SCALES)[:, None, None]).to(self._device, self._dtype)
+        got, want = self._call(x), self._module(x)
+        if self._dtype in (torch.bfloat16, torch.float16):
+            apart = int((got != want).sum()) if got.shape == want.shape else got.numel()
+            same = got.dtype == want.dtype and apart == 0
+            return Evidence(ok=same, text=f"{apart} of {want.numel()} results differ, limit 0")
+        worst, limit = difference(got, want), tolerance(self._dtype)
+        text = f"largest relative difference {worst:.1e}, limit {limit:.1e}"
+        return Evidence(ok=worst <= limit, text=text)
+
+    def apply(self) -> None:
+        """Shadow the norm."""
+        if self._call is not None:
+            self._call.put(self._module)
+
+    def revert(self) -> None:
+        """Uncover the norm."""
+        Shadow.remove(self._module)
+
+
+def _same_bits(got: Tensor, want: object) -> bool:
+    return isinstance(want, Tensor) and got.dtype == want.dtype and torch.equal(got, want)
+
+
+def _may_be_norm(module: nn.Module, x: Tensor) -> bool:
+    parameters = list(module.parameters())
+    shapes_fit = [tuple(p.shape) for p in parameters] in ([], [(x.shape[-1],)])
+    return (
+        shapes_fit
+        and x.is_floating_point()
+        and x.dim() > 1
+        and bool(_epsilons(module))
+        and "forward" not in vars(module)
+    )
+
+
+def _epsilons(module: nn.Module) -> set[float]:
+    """Every small number that the module calls an epsilon, whatever the exact name."""
+    return {
+        float(value)
+        for name, value in vars(module).items()
+        if "eps" in name and isinstance(value, float)
+    }
