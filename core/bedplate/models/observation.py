@@ -11,6 +11,7 @@ from __future__ import annotations
 
 __all__ = ["Observation", "SeenCall", "observe"]
 
+import functools
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 NUM_TOKENS = 5
-TAINTED_TOKEN = 2
 INPUT_IDS = (3, 5, 4, 7, 6)
 _NAME = "bedplate_probe"
 
@@ -77,7 +77,7 @@ class Observation:
 
 @torch.no_grad()
 def observe(
-    model: Any, *, positions: range | None, masked: bool = False, taint: bool = False
+    model: Any, *, positions: range | None, masked: bool = False, taint: int | None = None
 ) -> Observation:
     """Run one forward of ``model`` as the adapter would, and watch.
 
@@ -85,7 +85,7 @@ def observe(
         model: A hollow causal language model. Its configurations must be its own.
         positions: Position of each token; ``None`` lets the model count.
         masked: Let the model build masks, and ask their closures.
-        taint: Make the state of one token NaN and see where it gets.
+        taint: Make the embedding of this token NaN and see where it gets.
     """
     seen = Observation()
     watcher = _Watcher(model, seen)
@@ -177,7 +177,7 @@ def _local_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 
 @contextmanager
-def _hooks(model: Any, seen: Observation, *, taint: bool) -> Iterator[None]:
+def _hooks(model: Any, seen: Observation, *, taint: int | None) -> Iterator[None]:
     counts: dict[tuple[str, str], int] = {}
     handles = []
 
@@ -197,8 +197,9 @@ def _hooks(model: Any, seen: Observation, *, taint: bool) -> Iterator[None]:
     head = hf.output_embeddings(model)
     if head is not None:
         handles.append(head.register_forward_pre_hook(lambda _m, a: _note_width(seen, a)))
-    if taint:
-        handles.append(model.get_input_embeddings().register_forward_hook(_spoil))
+    if taint is not None:
+        spoil = functools.partial(_spoil, taint)
+        handles.append(model.get_input_embeddings().register_forward_hook(spoil))
     try:
         yield
     finally:
@@ -220,7 +221,7 @@ def _counts_positions(value: object) -> bool:
     )
 
 
-def _spoil(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+def _spoil(token: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
     output = output.clone()
-    output[:, TAINTED_TOKEN] = float("nan")
+    output[:, token] = float("nan")
     return output

@@ -2,9 +2,9 @@
 """What attention a model really makes, found by watching it, never by reading its config.
 
 ``probe`` builds the model hollow (full geometry, no weights) and runs it three times on five
-tokens: with masks, whose closures are asked what they show; as it will run, with one token
-spoiled, to see whether tokens reach each other by any way but attention; and counting
-positions itself.  What is not understood is refused with its reason.
+tokens: with masks, whose closures are asked what they show; as it will run; and counting
+positions itself.  In the last two one token is spoiled, to see whether tokens reach each
+other by any way but attention.  What is not understood is refused with its reason.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ from bedplate.models import latent
 from bedplate.models import transformers_api as hf
 from bedplate.models.hollow import hollow_model
 from bedplate.models.mask_probe import MaskFacts
-from bedplate.models.observation import (
-    NUM_TOKENS,
-    TAINTED_TOKEN,
-    Observation,
-    SeenCall,
-    observe,
-)
+from bedplate.models.observation import NUM_TOKENS, observe
 from bedplate.models.rope_limit import rope_limit
 from bedplate.models.spec import ModelSpec
 
@@ -37,6 +31,8 @@ if TYPE_CHECKING:
 
     from bedplate.models.observation import Observation, SeenCall
 
+FIRST_TAINT, SECOND_TAINT = 1, 3
+"""Tokens that are spoiled in turn; neither is the middle one, which mirroring would hide."""
 SHIFT = 7
 """Distance between the positions that are given and those that a model counts itself."""
 
@@ -90,9 +86,9 @@ def _probe(name: str, model_class: Callable[[Any], nn.Module], config: Any) -> M
         latent.keep_latent(module)
 
     masked = observe(model, positions=range(NUM_TOKENS), masked=True)
-    plain = observe(model, positions=range(SHIFT, SHIFT + NUM_TOKENS), taint=True)
-    counting = observe(model, positions=None)
-    _check_paths(name, masked, plain)
+    plain = observe(model, positions=range(SHIFT, SHIFT + NUM_TOKENS), taint=FIRST_TAINT)
+    counting = observe(model, positions=None, taint=SECOND_TAINT)
+    _check_paths(name, masked, plain, counting)
     calls = _describe(name, masked.calls, plain.calls)
     _check_absorption(name, expansions, calls, plain)
     limit, limits = rope_limit(config)
@@ -144,18 +140,19 @@ def _some(value: int | None) -> tuple[int, ...]:
 # Judging what was seen.
 
 
-def _check_paths(name: str, masked: Observation, plain: Observation) -> None:
+def _check_paths(
+    name: str, masked: Observation, plain: Observation, counting: Observation
+) -> None:
     """Refuse what attention alone does not explain."""
     if not plain.calls:
         raise _refusal(name, "it never calls the attention interface")
     if masked.reached:
         raise _refusal(name, "its states are not numbers even without weights, so the "
                              "probe cannot see whether tokens mix")
-    beyond = [row for row in plain.reached if row != TAINTED_TOKEN]
-    if beyond:
+    if set(plain.reached) - {FIRST_TAINT} or set(counting.reached) - {SECOND_TAINT}:
         raise _refusal(name, "tokens reach each other outside attention (recurrent, "
                              "convolutional or compressed state, or attention of its own)")
-    if not plain.reached:
+    if not (plain.reached and counting.reached):
         raise _refusal(name, "its logits do not follow from its input embeddings")
     seen = [[(c.module, c.query, c.key, c.value) for c in run.calls] for run in (masked, plain)]
     if seen[0] != seen[1]:

@@ -45,7 +45,7 @@ TINY_SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "d_kv"), 16),
-    "is_decoder": True,
+    "is_decoder": True, "rotary_dim": 8,
     # Latent attention.
     "q_lora_rank": 24, "kv_lora_rank": 32,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "qk_head_dim": 24, "v_head_dim": 12,
