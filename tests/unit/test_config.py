@@ -11,8 +11,8 @@ from bedplate.config import EngineConfig, load_config_file, resolve_config, sett
 from bedplate.errors import ConfigError
 
 WRONG = {
-    "model": "", "tokenizer": 5, "backend": "", "attention": True, "dtype": "b f", "kv_dtype": None,
-    "page_size": 0, "max_context_len": -1, "max_running_requests": 1.5,
+    "model": "", "tokenizer": 5, "backend": "", "attention": True, "dtype": "b f",
+    "kv_dtype": None, "page_size": 0, "max_context_len": -1, "max_running_requests": 1.5,
     "max_total_tokens": True, "mem_fraction": 1.5, "chunked_prefill_tokens": None,
     "prefix_cache": None, "graphs": "yes", "capture_sizes": (4, 2), "fusion": "all",
     "load_format": "pickle", "overlap": 1, "seed": -1, "trust_remote_code": "no", "debug": 0,
@@ -77,7 +77,9 @@ def test_what_counts_as_given():
 
 def test_order_of_sources(tmp_path):
     file = tmp_path / "b.toml"
-    file.write_text('backend = "f"\nseed = 5\ncapture_sizes = [1, 2]\n[backend_options.f]\nx = 1\n')
+    file.write_text(
+        'backend = "f"\nseed = 5\ncapture_sizes = [1, 2]\n[backend_options.f]\nx = 1\n'
+    )
     environ = {"BEDPLATE_CONFIG": str(file)}
 
     def backend(arguments, **rest):

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from bedplate.cli.tables import format_table, print_json
-from bedplate.config import EngineConfig, resolve_config
+from bedplate.config import resolve_config
+from bedplate.errors import BedplateError
 from bedplate.registry import DecisionLog, explain_backend
 from bedplate.registry.door import backend_request
 
 if TYPE_CHECKING:
+    from bedplate.config import EngineConfig
     from bedplate.contract.decisions import Decision
-    from bedplate.errors import BackendError
 
 
 @click.command("explain")
@@ -52,14 +53,18 @@ def command(
         raise error
 
 
-def _explain(settings: EngineConfig) -> tuple[DecisionLog, BackendError | None]:
-    if settings.model is not None:
-        from bedplate.runner.startup import explain_startup
-
-        return explain_startup(settings), None
+def _explain(settings: EngineConfig) -> tuple[DecisionLog, BedplateError | None]:
     decisions = DecisionLog()
-    selection, _survey = explain_backend(backend_request(settings), decisions)
-    return decisions, selection.error
+    if settings.model is None:
+        selection, _survey = explain_backend(backend_request(settings), decisions)
+        return decisions, selection.error
+    from bedplate.runner.startup import start
+
+    try:
+        start(settings, decisions=decisions).bound.shutdown()
+    except BedplateError as error:
+        return decisions, error
+    return decisions, None
 
 
 def _text(decision: Decision) -> str:

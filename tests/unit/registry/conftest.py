@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from textwrap import dedent, indent
+from typing import TYPE_CHECKING
 
 import pytest
 
 from bedplate.registry.enumerate import enumerate_plugins
 from bedplate.registry.inspect import inspect_plugins
 from bedplate.registry.probe import probe_backends
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BACKEND = """
 from types import SimpleNamespace
@@ -65,7 +68,15 @@ class Fakes:
         return [str(self.root)]
 
     def distribution(
-        self, name, *, version="0.1", entries="", requires=(), extras=(), modules=None, root=None
+        self,
+        name,
+        *,
+        version="0.1",
+        entries="",
+        requires=(),
+        extras=(),
+        modules=None,
+        root=None,
     ):
         root = root or self.root
         folder = root / f"{name.replace('-', '_')}-{version}.dist-info"
@@ -85,7 +96,14 @@ class Fakes:
         self.distribution("bedplate", version="1.0", entries=entries, extras=extras, **rest)
 
     def backend(
-        self, name, *, distribution=None, manifest="", probe="score=50", extra="", code=None,
+        self,
+        name,
+        *,
+        distribution=None,
+        manifest="",
+        probe="score=50",
+        extra="",
+        code=None,
         **rest,
     ):
         source = code or BACKEND.format(

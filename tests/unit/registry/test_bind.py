@@ -35,8 +35,10 @@ def open_fake(fakes, log):
     return go
 
 
-STATS = StepStats(step=1, mode="DECODE", num_requests=1, num_tokens=1, graph=None,
-                  graph_reason="", host_us=1.0, total_us=1.0, free_tokens=1, queued=0)  # fmt: skip
+STATS = StepStats(
+    step=1, mode="DECODE", num_requests=1, num_tokens=1, graph=None, graph_reason="",
+    host_us=1.0, total_us=1.0, free_tokens=1, queued=0,
+)  # fmt: skip
 
 
 def test_minimal_backend_is_bound(fakes, open_fake, log):
@@ -133,6 +135,10 @@ def test_factories_are_plain_and_guarded(fakes, open_fake):
     assert bound.explain_error(ValueError("9")) is None
 
 
+UNKNOWN_OP = """def bedplate_register_ops(self, registry):
+    registry.register(OpProvider(op='duble', provider='acme', call=len))"""
+
+
 @pytest.mark.parametrize(
     ("extra", "code", "text", "runtime"),
     [
@@ -142,8 +148,7 @@ def test_factories_are_plain_and_guarded(fakes, open_fake):
         ("def bedplate_activate(self): return None", "HW044", "NoneType", False),
         ("def bedplate_capabilities(self): 1/0", "HW041", "ZeroDivision", True),
         ("def bedplate_capabilities(self): return None", "HW044", "NoneType", True),
-        ("def bedplate_register_ops(self, registry): registry.register("
-         "OpProvider(op='duble', provider='acme', call=len))", "contract", "'double'", True),
+        (UNKNOWN_OP, "contract", "'double'", True),
         ("def bedplate_register_attention(self, register): register(1)", "contract",
          "not int", True),
         ("def bedplate_configure(self): raise SystemExit(1)", "HW041", "SystemExit", False),
@@ -303,7 +308,9 @@ def test_no_backend_still_leaves_its_decision(fakes, open_fake, log):
 
 def test_a_named_backend_is_the_only_one_probed(fakes, open_fake):
     fakes.backend("acme")
-    fakes.backend("curious", extra="@hookimpl\ndef bedplate_probe(self): EVENTS.append('probed')")
+    fakes.backend(
+        "curious", extra="@hookimpl\ndef bedplate_probe(self): EVENTS.append('probed')"
+    )
     open_fake("acme")
     assert fakes.module("curious").EVENTS == []
 

@@ -110,10 +110,15 @@ def test_one_implementation_per_provider(ops, name):
 
 def test_all_or_nothing(ops, log):
     attention = AttentionProviders(log, "acme")
-    with pytest.raises(ZeroDivisionError), ops.all_or_nothing(), attention.all_or_nothing():
-        ops.register(provider("x"))
-        attention.register(attention_of("x"))
-        raise ZeroDivisionError
+
+    def half_a_pack():
+        with ops.all_or_nothing(), attention.all_or_nothing():
+            ops.register(provider("x"))
+            attention.register(attention_of("x"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        half_a_pack()
     assert ops.choose(NORM).provider == "reference"
     assert list(attention) == []
 
@@ -132,8 +137,12 @@ def attention_of(name, priority=100, supports=lambda _r: Support.yes(), modes="a
 @pytest.fixture
 def attention(log):
     providers = AttentionProviders(log, "acme")
-    for item in (attention_of("slow", 10), attention_of("fast", 200),
-                 attention_of("picky", 300, no), attention_of("half", 400, modes="decode")):
+    for item in (
+        attention_of("slow", 10),
+        attention_of("fast", 200),
+        attention_of("picky", 300, no),
+        attention_of("half", 400, modes="decode"),
+    ):
         providers.register(item)  # fmt: skip
     return providers
 
@@ -183,7 +192,9 @@ def test_attention_names_are_unique(attention):
 
 def decision(point, chosen="a"):
     return Decision(
-        point=point, chosen=chosen, candidates=(Candidate(name="a", verdict="chosen", reason="r"),)
+        point=point,
+        chosen=chosen,
+        candidates=(Candidate(name="a", verdict="chosen", reason="r"),),
     )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -99,7 +100,9 @@ def test_not_a_plugin(neighbour, code, problem):  # HW035
 
 
 def test_manifest_that_raises(neighbour):  # HW041
-    neighbour.backend("odd", code="class B:\n    def bedplate_manifest(self): 1/0\nbackend = B()")
+    neighbour.backend(
+        "odd", code="class B:\n    def bedplate_manifest(self): 1/0\nbackend = B()"
+    )
     record = only(neighbour.inspected(), "odd")
     assert (record.status, code_of(record)) == ("failed", "HW041")
     assert "ZeroDivisionError" in record.error.message
@@ -206,8 +209,10 @@ def test_refused_plugins_are_not_imported(neighbour):
 
 
 def test_inspecting_does_not_import_torch(tmp_path):
-    import subprocess
-
-    code = "import sys\nfrom bedplate.registry import survey\nsurvey()\n" \
-        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"  # fmt: skip
+    code = """
+import sys
+from bedplate.registry import survey
+survey()
+sys.exit("torch" in sys.modules or "transformers" in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

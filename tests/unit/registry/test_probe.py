@@ -61,7 +61,9 @@ def test_broken_probe_hides_nobody(fakes, probe, code, text):  # HW041, HW044
 
 
 def test_time_limit(fakes):  # HW041
-    fakes.backend("slow", extra="@hookimpl\ndef bedplate_probe(self): import time; time.sleep(2)")
+    fakes.backend(
+        "slow", extra="@hookimpl\ndef bedplate_probe(self): import time; time.sleep(2)"
+    )
     start = time.perf_counter()
     record = fakes.probed(limit_s=0.05).backend("slow")
     assert time.perf_counter() - start < 1.5
@@ -69,7 +71,9 @@ def test_time_limit(fakes):  # HW041
     assert "no answer within 0.05 s" in record.error.message
 
 
-@pytest.mark.parametrize("probe", ["1/0", "return 5", "return ProbeResult(score=0, reasons='x')"])
+@pytest.mark.parametrize(
+    "probe", ["1/0", "return 5", "return ProbeResult(score=0, reasons='x')"]
+)
 def test_missing_requirement_explains_what_follows(fakes, probe):
     fakes.backend(
         "acme", manifest="requires=('absent',)",

@@ -43,7 +43,9 @@ def survey(*records, known=()):
 
 
 def choose(text, *records, known=(), source="--backend"):
-    return select_backend(BackendRequest(text=text, source=source), survey(*records, known=known))
+    return select_backend(
+        BackendRequest(text=text, source=source), survey(*records, known=known)
+    )
 
 
 def verdicts(selection):
@@ -165,9 +167,9 @@ def test_a_refused_namesake_does_not_hide_the_real_one():
     assert choose("host", thief, HOST).record is HOST
 
 
-records_of = st.lists(
-    st.tuples(st.integers(0, 999), st.booleans()), max_size=5
-).map(lambda items: [record(f"b{i}", s, present=p) for i, (s, p) in enumerate(items)])
+records_of = st.lists(st.tuples(st.integers(0, 999), st.booleans()), max_size=5).map(
+    lambda items: [record(f"b{i}", s, present=p) for i, (s, p) in enumerate(items)]
+)
 
 
 @given(records_of)
@@ -178,7 +180,9 @@ def test_auto_never_downgrades_in_silence(records):
     if selection.record is not None:
         best = selection.record.score
         assert all(r.score < best for r in records if r is not selection.record)
-        assert not any(r.probe.present for r in records if not r.usable) or score_class(best) == 2
+        assert (
+            not any(r.probe.present for r in records if not r.usable) or score_class(best) == 2
+        )
 
 
 @given(records_of, st.permutations(range(5)))
