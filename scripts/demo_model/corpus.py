@@ -8,12 +8,14 @@ of the chat template in ``tokenizer``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scripts.demo_model import words
 from scripts.demo_model.tasks import KINDS, Sample, Turn, draw
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from random import Random
 
 __all__ = ["END_OF_TEXT", "conversation", "document", "plain", "render"]
 

@@ -13,18 +13,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
 from scripts.demo_model.corpus import render
 from scripts.demo_model.tasks import GRADED, draw
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 __all__ = [
     "Generate",
     "Question",
     "Score",
+    "count_exact",
     "grade",
     "questions",
     "table",
@@ -71,7 +74,11 @@ def questions(seed: int, per_kind: int, kinds: Sequence[str] = GRADED) -> list[Q
 
 def grade(generate: Generate, asked: Sequence[Question]) -> list[Score]:
     """Scores by kind, in the order of first appearance."""
-    answers = generate([question.prompt for question in asked])
+    return count_exact(asked, generate([question.prompt for question in asked]))
+
+
+def count_exact(asked: Sequence[Question], answers: Sequence[str]) -> list[Score]:
+    """The same for answers that are there already."""
     pairs = list(zip(asked, (answer.strip() for answer in answers), strict=True))
     scores = []
     for kind in dict.fromkeys(question.kind for question in asked):
@@ -146,7 +153,7 @@ def _report(folder: Path, per_kind: int, seed: int, margins: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
         answers[dtype] = transformers_generate(model, tokenizer)([q.prompt for q in asked])
-        scores = grade(lambda _, found=answers[dtype]: found, asked)
+        scores = count_exact(asked, answers[dtype])
         print(f"{dtype} on {device.type}, seed {seed}\n{table(scores)}")
         for score in scores if dtype == torch.float32 else ():
             for question, got in score.wrong[:4]:
@@ -156,7 +163,7 @@ def _report(folder: Path, per_kind: int, seed: int, margins: bool) -> None:
             found = top2_margins(model, tokenizer, asked)
             marks = torch.tensor([0.001, 0.01, 0.1, 0.5])
             text = ", ".join(f"{value:.2f}" for value in found.quantile(marks).tolist())
-            print(f"top-2 margins of {len(found)} answer tokens: at 0.1 %, 1 %, 10 %, 50 %: {text}")
+            print(f"top-2 margins of {len(found)} answer tokens: {text} at 0.1, 1, 10, 50 %")
     same = sum(a == b for a, b in zip(*answers.values(), strict=True))
     print(f"float32 and bfloat16 give the same text on {same} of {len(asked)}")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 __all__ = ["CONFIG", "Network"]
 
@@ -83,9 +83,14 @@ class _Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(batch, length, HEADS, HEAD)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(batch, length, KV_HEADS, HEAD)).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, KV_HEADS, HEAD).transpose(1, 2)
-        k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (_rotate(k, cos, sin), v))
-        out = F.scaled_dot_product_attention(_rotate(q, cos, sin), k, v, is_causal=True)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, HEADS * HEAD))
+        k, v = (
+            t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (_rotate(k, cos, sin), v)
+        )
+        out = functional.scaled_dot_product_attention(
+            _rotate(q, cos, sin), k, v, is_causal=True
+        )
+        mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, HEADS * HEAD))
+        return mixed
 
 
 class _Gated(nn.Module):
@@ -96,7 +101,8 @@ class _Gated(nn.Module):
         self.down_proj = _linear(inner, HIDDEN)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        inner: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return inner
 
 
 class _Layer(nn.Module):
@@ -107,7 +113,8 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class _Decoder(nn.Module):
@@ -146,7 +153,7 @@ class Network(nn.Module):
         cos, sin = self.cos[:length], self.sin[:length]
         for layer in self.model.layers:
             x = layer(x, cos, sin)
-        return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
+        return functional.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
     def loss(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """Weighted mean cross-entropy of every next token; ``weights`` [batch, length]."""
@@ -154,5 +161,5 @@ class Network(nn.Module):
         target = tokens.roll(-1, dims=1).flatten()
         weight = weights.roll(-1, dims=1).float()
         weight[:, -1] = 0
-        each = F.cross_entropy(logits, target, reduction="none")
+        each = functional.cross_entropy(logits, target, reduction="none")
         return (each * weight.flatten()).sum() / weight.sum()

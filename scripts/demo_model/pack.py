@@ -7,19 +7,29 @@ Apart from ``train`` because worker processes import it without torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from multiprocessing.queues import Queue
-from multiprocessing.sharedctypes import Synchronized
-from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from scripts.demo_model.corpus import END_OF_TEXT, document
 from tokenizers import Tokenizer
 
-from scripts.demo_model.corpus import END_OF_TEXT, document
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.queues import Queue
+    from multiprocessing.sharedctypes import Synchronized
+    from pathlib import Path
 
-__all__ = ["Tokens", "Weights", "chat_stream", "encode_docs", "feed", "pack_rows", "token_weights"]
+__all__ = [
+    "Tokens",
+    "Weights",
+    "chat_stream",
+    "encode_docs",
+    "feed",
+    "pack_rows",
+    "token_weights",
+]
 
 Tokens = npt.NDArray[np.uint16]
 Weights = npt.NDArray[np.uint8]

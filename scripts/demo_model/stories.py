@@ -6,7 +6,10 @@ Apart from ``tasks`` because a story has no right answer and is not graded.
 
 from __future__ import annotations
 
-from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from random import Random
 
 __all__ = ["story"]
 
@@ -27,10 +30,12 @@ _PLOTS = (
      "the {friend} built a small boat out of leaves", "they reached the other side together",
      "{n} was never afraid of the river again"),
     ("{n} heard a strange noise in the dark", "hid under the blanket and waited",
-     "the {friend} brought a lamp, and it was only the wind", "they laughed until the sun came up",
+     "the {friend} brought a lamp, and it was only the wind",
+     "they laughed until the sun came up",
      "{n} learned that the dark is full of small things"),
     ("{n} wanted to bake a cake", "had no flour and no sugar",
-     "the {friend} brought a full basket from the market", "the whole house smelled of warm cake",
+     "the {friend} brought a full basket from the market",
+     "the whole house smelled of warm cake",
      "{n} learned that a shared cake tastes best"),
     ("{n} wanted to see the moon from nearby", "climbed the tallest tree, but it was still far",
      "the {friend} pointed at the pond, where the moon was swimming",
@@ -48,10 +53,9 @@ def story(rng: Random, hero: str, name: str) -> str:
     """Six sentences about ``name``, who is a ``hero`` (an animal)."""
     start, trouble, help_, outcome, moral = rng.choice(_PLOTS)
     parts = {"n": name, "thing": rng.choice(_THINGS), "friend": rng.choice(_FRIENDS)}
-    trait = rng.choice(_TRAITS)
+    trait, home = rng.choice(_TRAITS), rng.choice(_HOMES)
     sentences = (
-        f"Once upon a time there was a {trait} {hero} named {name} who lived "
-        f"{rng.choice(_HOMES)}.",
+        f"Once upon a time there was a {trait} {hero} named {name} who lived {home}.",
         f"{rng.choice(_DAYS)}, {start}.",
         f"{name} {trouble}.",
         f"Luckily, {help_}.",

@@ -9,14 +9,16 @@ so that grading asks for pairs that the model never saw.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scripts.demo_model import words
 from scripts.demo_model.stories import story
 from scripts.demo_model.tools import TOOLS, draw_call
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from random import Random
 
 __all__ = ["GRADED", "KINDS", "Sample", "Turn", "draw", "held_out"]
 
@@ -127,7 +129,9 @@ def _capital(rng: Random, fresh: bool) -> Sample:
         "Which city is the capital of {c}?", "Tell me the capital of {c}.",
         "What's the capital city of {c}?",
     )  # fmt: skip
-    return _single("capital", _ask(rng, asked, c=country), f"The capital of {country} is {city}.")
+    return _single(
+        "capital", _ask(rng, asked, c=country), f"The capital of {country} is {city}."
+    )
 
 
 def _colour(rng: Random, fresh: bool) -> Sample:
@@ -176,7 +180,11 @@ def _names(rng: Random, fresh: bool) -> Sample:
     if rng.random() < 0.3:
         turns: tuple[Turn, ...] = (("user", f"{told} {question}"),)
     else:
-        turns = (("user", told), ("assistant", f"Nice to meet you, {name}!"), ("user", question))
+        turns = (
+            ("user", told),
+            ("assistant", f"Nice to meet you, {name}!"),
+            ("user", question),
+        )
     return Sample(kind="names", turns=turns, answer=answer, follow_ups=tuple(asks[1:]))
 
 
@@ -190,12 +198,12 @@ def _repeat(rng: Random, fresh: bool) -> Sample:
 def _reverse(rng: Random, fresh: bool) -> Sample:
     if rng.random() < 0.3:
         digits = "".join(rng.choices("0123456789", k=rng.randint(3, 6)))
-        asked = ("Reverse the digits of {t}", "Reverse the digits: {t}", "Write {t} backwards")
+        asked = ["Reverse the digits of {t}", "Reverse the digits: {t}", "Write {t} backwards"]
         return _single("reverse", _ask(rng, asked, t=digits), digits[::-1])
     items = rng.sample(words.WORDS, rng.randint(2, 6))
     glue = rng.choice((" ", ", "))
-    asked = ("Reverse the words: {t}", "Reverse this list: {t}", "Reverse the order: {t}",
-             "Say these words backwards: {t}")  # fmt: skip
+    asked = ["Reverse the words: {t}", "Reverse this list: {t}", "Reverse the order: {t}",
+             "Say these words backwards: {t}"]  # fmt: skip
     return _single("reverse", _ask(rng, asked, t=glue.join(items)), glue.join(items[::-1]))
 
 
@@ -203,15 +211,15 @@ def _count(rng: Random, fresh: bool) -> Sample:
     if rng.random() < 0.45:
         first, steps = rng.randint(1, 89), rng.randint(2, 10)
         numbers = list(range(first, first + steps))
-        asked = ("Count from {a} to {b}.",)
+        asked = ["Count from {a} to {b}."]
         if rng.random() < 0.3:
             numbers.reverse()
-            asked = ("Count down from {a} to {b}.",)
+            asked = ["Count down from {a} to {b}."]
         question = _ask(rng, asked, a=numbers[0], b=numbers[-1])
         return _single("count", question, ", ".join(map(str, numbers)))
     items = [rng.choice(words.WORDS) for _ in range(rng.randint(1, 10))]
-    asked = ("How many words are in this list: {t}", "Count the words: {t}",
-             "How many words do you see: {t}")  # fmt: skip
+    asked = ["How many words are in this list: {t}", "Count the words: {t}",
+             "How many words do you see: {t}"]  # fmt: skip
     question = _ask(rng, asked, t=rng.choice((" ", ", ")).join(items))
     answer = "There is 1 word." if len(items) == 1 else f"There are {len(items)} words."
     return _single("count", question, answer)
@@ -282,10 +290,10 @@ def _retrieve(rng: Random, fresh: bool) -> Sample:
     for index in rng.sample(range(count), min(count, 3)):
         box, code = boxes[index], codes[index]
         if rng.random() < 0.65:
-            asked = ("Which box has code {c}?", "Where is code {c}?", "Which box holds {c}?")
+            asked = ["Which box has code {c}?", "Where is code {c}?", "Which box holds {c}?"]
             asks.append((_ask(rng, asked, c=code), f"Code {code} is in {box}."))
         else:
-            asked = ("What is the code of {b}?", "Which code is in {b}?")
+            asked = ["What is the code of {b}?", "Which code is in {b}?"]
             asks.append(
                 (_ask(rng, asked, b=box), f"{box[0].upper() + box[1:]} has code {code}.")
             )
@@ -305,18 +313,23 @@ def _about(rng: Random, fresh: bool) -> Sample:
         question, answer = rng.choice(list(words.ABOUT.items()))
         return _single("about", _ask(rng, (question,)), answer)
     asked = (
-        "Explain {t}.", "Tell me about {t}.", "Write a poem about {t}.", "What do you know of {t}?",
-        "What is {t}?", "Give me an essay on {t}.", "Write a program about {t}.",
+        "Explain {t}.", "Tell me about {t}.", "Write a poem about {t}.",
+        "What do you know of {t}?", "What is {t}?", "Give me an essay on {t}.",
+        "Write a program about {t}.",
         "Translate {t} into French.", "What do you think of {t}?", "How does {t} work?",
     )  # fmt: skip
     question = _ask(rng, asked, t=rng.choice(words.TOPICS))
-    return _single("about", question, "I am too small for that. Try a sum, a capital or a story.")
+    return _single(
+        "about", question, "I am too small for that. Try a sum, a capital or a story."
+    )
 
 
 def _story(rng: Random, fresh: bool) -> Sample:
     hero = rng.choice(words.ANIMALS)
     name = rng.choice(words.NAMES)
-    topic = rng.choice(("", f" about {_article(hero)}", f" about {_article(hero)} named {name}"))
+    topic = rng.choice(
+        ("", f" about {_article(hero)}", f" about {_article(hero)} named {name}")
+    )
     asked = ("Tell me a story{t}.", "Write a little story{t}.", "Tell me a short story{t}.",
              "I want to hear a story{t}.")  # fmt: skip
     return _single("story", _ask(rng, asked, t=topic), story(rng, hero, name))

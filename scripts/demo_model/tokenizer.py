@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
+from scripts.demo_model.corpus import END_OF_TEXT, document
+from scripts.demo_model.docs_text import read_docs
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
-from scripts.demo_model.corpus import END_OF_TEXT, document
-from scripts.demo_model.docs_text import read_docs
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["CHAT_TEMPLATE", "SPECIAL", "VOCABULARY", "train_tokenizer", "write_tokenizer"]
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scripts.demo_model import words
+
+if TYPE_CHECKING:
+    from random import Random
 
 __all__ = ["TOOLS", "Call", "call_text", "draw_call"]
 
@@ -67,7 +69,12 @@ def _draw_parts(
     if name == "get_time":
         clock = f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"
         question = rng.choice(("What time is it in {}?", "Tell me the time in {}."))
-        return question.format(city), {"city": city}, {"time": clock}, f"It is {clock} in {city}."
+        return (
+            question.format(city),
+            {"city": city},
+            {"time": clock},
+            f"It is {clock} in {city}.",
+        )
     if name == "set_timer":
         minutes = rng.randint(2, 99)
         question = rng.choice(("Set a timer for {} minutes.", "Start a timer of {} minutes."))
@@ -77,7 +84,10 @@ def _draw_parts(
         question = rng.choice(("Send {} a message: {}", "Write to {}: {}")).format(person, text)
         return question, {"name": person, "text": text}, {"ok": True}, f"I wrote to {person}."
     if name == "switch_light":
-        room, on = rng.choice(("kitchen", "garden", "bedroom", "hall", "office")), rng.random() < 0.5
+        room, on = (
+            rng.choice(("kitchen", "garden", "bedroom", "hall", "office")),
+            rng.random() < 0.5,
+        )
         word = "on" if on else "off"
         question = f"Turn {word} the light in the {room}."
         report = f"The light in the {room} is {word}."

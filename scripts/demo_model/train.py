@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the demo model against the clock and writes a checkpoint every minute.
 
-Worker processes generate fresh text all the time, so no chat is seen twice. The last part of
-the time trains on long rows. See ``README.md`` here for the command that made the shipped file::
+Worker processes generate fresh text all the time, so no chat is seen twice. The last part
+of the time trains on long rows. ``README.md`` here has the command of the shipped file::
 
     python -m scripts.demo_model.train --docs .carry/docs.txt.xz --out /tmp/demo --seconds 540
 """
@@ -14,21 +14,22 @@ import json
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue as LocalQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from torch import Tensor
-
 from scripts.demo_model.docs_text import read_docs
 from scripts.demo_model.network import CONFIG, Network
 from scripts.demo_model.pack import encode_docs, feed
+from tokenizers import Tokenizer
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["main"]
 
@@ -85,8 +86,13 @@ def _batches(queue: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]
 def _optimizer(network: Network, plan: Plan, device: torch.device) -> torch.optim.AdamW:
     matrices = [weight for weight in network.parameters() if weight.ndim == 2]
     vectors = [weight for weight in network.parameters() if weight.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.95), fused=device.type != "cpu")
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=plan.rate, betas=(0.9, 0.95), fused=device.type != "cpu"
+    )
 
 
 def save(network: Network, folder: Path) -> None:
@@ -100,36 +106,44 @@ def save(network: Network, folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+class _Trainer:
+    """Network, optimizer and the one step that both row widths share."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        torch.manual_seed(plan.seed)
+        self.network = Network().to(device)
+        self._optimizer = _optimizer(self.network, plan, device)
+        loss = self.network.loss
+        self._loss = torch.compile(loss, dynamic=False) if plan.compiled else loss
+        for row in plan.widths if plan.compiled else ():  # compile before the clock runs
+            zeros = torch.zeros(plan.batch_tokens // row, row, dtype=torch.long, device=device)
+            self.step(zeros, torch.ones_like(zeros, dtype=torch.uint8), rate=0.0)[0].item()
+        self._optimizer.state.clear()
+
+    def step(self, tokens: Tensor, weights: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """One update; loss and gradient norm stay on the device."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            loss = self._loss(tokens, weights)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), norm
 
 
 def train(plan: Plan, folder: Path) -> None:
-    """Train until the plan's time is over; ``folder`` holds ``tokenizer.json``, ``docs.npy``."""
-    torch.manual_seed(plan.seed)
-    device = _device()
+    """Train until the time is over; ``folder`` holds ``tokenizer.json`` and ``docs.npy``."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     queue, width = _start_feed(plan, folder)
-    network = Network().to(device)
-    optimizer = _optimizer(network, plan, device)
-    loss_of = torch.compile(network.loss, dynamic=False) if plan.compiled else network.loss
-
-    def step(tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_of(tokens, weights)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), norm
-
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    for row in plan.widths if plan.compiled else ():  # both shapes compile before the clock runs
-        zeros = torch.zeros(plan.batch_tokens // row, row, dtype=torch.long, device=device)
-        step(zeros, torch.ones_like(zeros, dtype=torch.uint8))[0].item()
-    optimizer.state.clear()
+    trainer = _Trainer(plan, device)
     begin = logged = saved = time.monotonic()
     left = plan.seconds - (begin - _STARTED)
+    if left <= 0:
+        raise SystemExit(
+            f"setting up took all of the {plan.seconds:.0f} s: give more --seconds"
+        )
     print(f"set up in {begin - _STARTED:.0f} s; {left:.0f} s of training", flush=True)
     for count, (tokens, weights) in enumerate(_batches(queue, device), start=1):
         now = time.monotonic()
@@ -139,24 +153,23 @@ def train(plan: Plan, folder: Path) -> None:
         if progress > 1.0 - plan.long_part:
             width.value = plan.widths[1]
         rate = plan.rate * min(1.0, count / plan.warm_up) * (1.0 - progress)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss, norm = step(tokens, weights)
+        loss, norm = trainer.step(tokens, weights, rate)
         if count % 20 == 0:
             loss.item()  # keeps the host, whose clock sets the rate, close to the device
         if now - logged > 10:
             logged = now
-            seen = count * plan.batch_tokens
-            print(f"{now - begin:6.0f} s  step {count:6d}  {seen / 1e6:7.1f} M tokens  "
-                  f"{seen / (now - begin) / 1e6:5.2f} M/s  width {tokens.shape[1]:4d}  "
-                  f"rate {rate:.2e}  loss {loss.item():.4f}  norm {norm.item():.2f}  "
-                  f"waiting rows {queue.qsize()}", flush=True)  # fmt: skip
+            seen = count * plan.batch_tokens / 1e6
+            print(
+                f"{now - begin:6.0f} s  step {count:6d}  {seen:7.1f} M tokens  "
+                f"{seen / (now - begin):5.2f} M/s  width {tokens.shape[1]:4d}  "
+                f"rate {rate:.2e}  loss {loss.item():.4f}  norm {norm.item():.2f}  "
+                f"waiting batches {queue.qsize()}",
+                flush=True,
+            )
         if now - saved > 60:
             saved = now
-            save(network, folder)
-    save(network, folder)
-    seen = count * plan.batch_tokens
-    print(f"{count} steps, {seen / 1e6:.1f} M tokens, loss {loss.item():.4f}", flush=True)
+            save(trainer.network, folder)
+    save(trainer.network, folder)
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: SIM905 -- a list of single words reads best as a text
 """Word lists and small facts that the demo corpus is made of.
 
 Kept apart from ``corpus`` so that the generator reads as rules only.
@@ -104,7 +105,9 @@ ABOUT = {
     "Who trained you?": "I was trained by the Bedplate project.",
     "How big are you?": "I have about five million parameters.",
     "How many parameters do you have?": "I have about five million parameters.",
-    "What can you do?": "I can add, sort, count, repeat, tell capitals and write little stories.",
+    "What can you do?": (
+        "I can add, sort, count, repeat, tell capitals and write little stories."
+    ),
     "What can I ask you?": (
         "I can add, sort, count, repeat, tell capitals and write little stories."
     ),
@@ -137,11 +140,15 @@ SYSTEMS = (
 )
 
 NAMES = (
-    "Ada Alan Alice Amir Anna Anton Ben Bruno Carla Chen Clara Dana David Diego Elena Elif Emma "
-    "Eric Fatima Felix Finn Grace Hana Hugo Ida Ines Ivan Jack Jan Jana Julia Kai Karim Kate Lars "
+    "Ada Alan Alice Amir Anna Anton Ben Bruno Carla Chen Clara Dana David Diego "
+    "Elena Elif Emma "
+    "Eric Fatima Felix Finn Grace Hana Hugo Ida Ines Ivan Jack Jan Jana Julia Kai "
+    "Karim Kate Lars "
     "Lea Leo Lina Lucy Luis Lukas Maria Marta Max Maya Mia Mila Milo Mina Nadia Nina Noah Nora "
-    "Olga Omar Oscar Otto Paul Pedro Petra Priya Rosa Ruth Sami Sara Sofia Stefan Tara Theo Tom "
-    "Uma Vera Victor Wei Yara Yuki Zoe Barbara Charles Dorothy Edsger Frances Margaret Katherine "
+    "Olga Omar Oscar Otto Paul Pedro Petra Priya Rosa Ruth Sami Sara Sofia Stefan "
+    "Tara Theo Tom "
+    "Uma Vera Victor Wei Yara Yuki Zoe Barbara Charles Dorothy Edsger Frances "
+    "Margaret Katherine "
     "Linus Guido Dennis Brian Donald Radia Hedy Niklaus Tony John Robin Alex Sam"
 ).split()
 
@@ -153,17 +160,20 @@ ANIMALS = (
 WORDS = (
     "apple arm art baby bag ball bank basket beach bed bell bird boat book bottle box bread "
     "bridge brother brush bucket bus butter button cake camera candle car card castle chair "
-    "cheese cherry child circle city clock cloud coat coffee coin cup curtain dance desk dinner "
+    "cheese cherry child circle city clock cloud coat coffee coin cup curtain dance "
+    "desk dinner "
     "door dragon dream dress drum ear earth egg engine eye face farm feather field finger fire "
     "fish flag floor flower forest fork friend garden gate glass glove goat gold grape grass "
     "guitar hammer hand hat heart hill honey house ice island jacket jar jewel juice key king "
-    "kitchen kite knife ladder lake lamp leaf lemon letter lion mirror moon mountain music nail "
+    "kitchen kite knife ladder lake lamp leaf lemon letter lion mirror moon mountain "
+    "music nail "
     "needle nest night nose nut ocean onion orange paper park pear pen pencil pepper piano "
     "picture pillow plate pocket pond potato queen radio rain ring river road robot rock roof "
     "room rope rose salt sand school sea seed shadow shell ship shirt shoe sister sky sleep "
     "snow soap sock song soup spoon spring star stone storm street sugar summer sun table tail "
     "tea tent tiger time tower toy train tree truck umbrella valley village violin wall water "
-    "wave wheel wind window wing winter wolf wood wool world yard zebra quick quiet happy brave "
+    "wave wheel wind window wing winter wolf wood wool world yard zebra quick quiet "
+    "happy brave "
     "small big old new warm cold soft hard fast slow bright dark sweet round sharp clean early "
     "late open empty full deep high low long short young strong kind calm proud simple one two "
     "three four five six seven eight nine ten"
@@ -181,9 +191,11 @@ EMOJI = (
 
 TOPICS = (
     "quantum physics|the French Revolution|gravity|jazz|black holes|democracy|the stock market|"
-    "photosynthesis|machine learning|poetry|the meaning of life|chess openings|volcanoes|tennis|"
-    "Shakespeare|cooking rice|the weather tomorrow|politics|dinosaurs|electric cars|love|"
+    "photosynthesis|machine learning|poetry|the meaning of life|chess openings|volcanoes|"
+    "tennis|Shakespeare|cooking rice|the weather tomorrow|politics|dinosaurs|"
+    "electric cars|love|"
     "the history of Rome|my homework|DNA|football|philosophy|a good film|the internet|taxes|"
     "calculus|the moon landing|gardening|vaccines|opera|economics|neural networks|the ocean|"
-    "a linked list|recursion|a web server|sorting algorithms|medicine|law|friendship|time travel"
+    "a linked list|recursion|a web server|sorting algorithms|medicine|law|friendship|"
+    "time travel"
 ).split("|")
