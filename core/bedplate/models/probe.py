@@ -38,9 +38,9 @@ SHIFT = 7
 
 HARMLESS = frozenset(
     {
-        "dropout", "is_causal", "labels", "output_attentions", "output_hidden_states",
-        "output_router_logits", "position_ids", "return_dict", "s_aux", "sliding_window",
-        "softcap", "use_cache",
+        "dropout", "is_causal", "labels", "logits_to_keep", "output_attentions",
+        "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "s_aux",
+        "sliding_window", "softcap", "use_cache",
     }
 )  # fmt: skip
 """Keywords of an attention call that change nothing, or that the probe records."""
