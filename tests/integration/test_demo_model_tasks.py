@@ -8,9 +8,6 @@ from random import Random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from bedplate import demo
 from scripts.demo_model.corpus import render
 from scripts.demo_model.grade import (
     Generate,
@@ -23,6 +20,9 @@ from scripts.demo_model.grade import (
     transformers_generate,
 )
 from scripts.demo_model.tasks import GRADED, KINDS, draw, held_out
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bedplate import demo
 
 PROMISED = 0.95
 SEED = 20
