@@ -22,6 +22,10 @@ from bedplate.memory.free_list import FreeList, Int32Array, require_int32
 
 _MAX_SLOTS = 2**31
 
+# Array operands: numpy takes twice as long to turn a Python number into one in every call.
+_ZERO = np.array(0, dtype=np.int32)
+_ONE = np.array(1, dtype=np.int32)
+
 
 class PagedAllocator(TokenToKVPoolAllocator):
     """Pages 1…num_tokens/page_size; those freed last are handed out first.
@@ -51,6 +55,7 @@ class PagedAllocator(TokenToKVPoolAllocator):
         self.page_size = page_size
         self.num_tokens = num_tokens
         self._pages = FreeList(num_tokens // page_size)
+        self._page_size = np.array(page_size, dtype=np.int32)
         self._offsets = np.arange(page_size, dtype=np.int32)
         self._group: list[Int32Array] | None = None
 
@@ -118,13 +123,13 @@ class PagedAllocator(TokenToKVPoolAllocator):
         self._check_extend(prefix_lens, lens, last_loc)
         if self.page_size == 1:
             return self._pages.alloc(int(lens.sum()))
-        plan = _plan_extend(prefix_lens, seq_lens, self.page_size)
+        plan = _plan_extend(prefix_lens, seq_lens, self._page_size)
         pages = self._pages.alloc(plan.num_new)
         if pages is None:
             return None
         touched = np.empty(len(plan.is_new), dtype=np.int32)
         touched[plan.is_new] = pages
-        touched[~plan.is_new] = last_loc[plan.has_tail] // self.page_size
+        touched[~plan.is_new] = last_loc[plan.has_tail] // self._page_size
         places = np.arange(int(lens.sum())) + np.repeat(plan.shift, lens)
         slots: Int32Array = self._slots(touched)[places]
         return slots
@@ -145,15 +150,15 @@ class PagedAllocator(TokenToKVPoolAllocator):
         """
         if self.page_size == 1:
             return self._pages.alloc(len(seq_lens))
-        prefix_lens = seq_lens - 1
-        offsets = prefix_lens % self.page_size
-        self._check_last(prefix_lens, offsets, last_loc)
-        is_new = offsets == 0
+        prefix_lens = seq_lens - _ONE
+        offsets = prefix_lens % self._page_size
+        slots = last_loc + _ONE
+        self._check_last(prefix_lens, slots - offsets, last_loc)
+        is_new = offsets == _ZERO
         pages = self._pages.alloc(int(np.count_nonzero(is_new)))
         if pages is None:
             return None
-        slots = last_loc + 1
-        slots[is_new] = pages * self.page_size
+        slots[is_new] = pages * self._page_size
         return slots
 
     def free(self, slots: Int32Array) -> None:
@@ -176,7 +181,7 @@ class PagedAllocator(TokenToKVPoolAllocator):
             self._pages.free(slots)
         else:
             require_int32(slots, "slot")
-            self._pages.free(self._pages.distinct(_without_repeats(slots // self.page_size)))
+            self._pages.free(self._pages.distinct(_without_repeats(slots // self._page_size)))
 
     def free_group_begin(self) -> None:
         """Queue the frees that follow; groups do not nest.
@@ -222,7 +227,7 @@ class PagedAllocator(TokenToKVPoolAllocator):
     def _slots(self, pages: Int32Array) -> Int32Array:
         if self.page_size == 1:
             return pages
-        return (pages[:, None] * np.int32(self.page_size) + self._offsets).ravel()
+        return (pages[:, None] * self._page_size + self._offsets).ravel()
 
     def _require_no_group(self, act: str) -> None:
         if self._group is not None:
@@ -231,22 +236,25 @@ class PagedAllocator(TokenToKVPoolAllocator):
     def _check_extend(
         self, prefix_lens: Int32Array, lens: Int32Array, last_loc: Int32Array
     ) -> None:
-        shrinking = np.count_nonzero(lens < 0)
+        shrinking = np.count_nonzero(lens < _ZERO)
         if shrinking:
             raise ContractError(
                 f"{shrinking} of {len(lens)} requests would shrink: seq_lens must not be "
                 f"below prefix_lens, but differ by {lens.tolist()}"
             )
         if self.page_size > 1:
-            self._check_last(prefix_lens, prefix_lens % self.page_size, last_loc)
+            starts = last_loc + _ONE - prefix_lens % self._page_size
+            self._check_last(prefix_lens, starts, last_loc)
 
     def _check_last(
-        self, prefix_lens: Int32Array, offsets: Int32Array, last_loc: Int32Array
+        self, prefix_lens: Int32Array, starts: Int32Array, last_loc: Int32Array
     ) -> None:
-        """The next slot must continue the prefix, and not on the page of padding."""
-        starts = last_loc + 1 - offsets
-        misfits = starts % self.page_size
-        strays = ((starts > 0) != (prefix_lens > 0)) | (prefix_lens < 0)
+        """The next slots must continue the prefixes, and not on the page of padding.
+
+        ``starts`` is where their pages start, if they do.
+        """
+        misfits = starts % self._page_size
+        strays = ((starts > _ZERO) != (prefix_lens > _ZERO)) | (prefix_lens < _ZERO)
         if np.count_nonzero(misfits) or np.count_nonzero(strays):
             wrong = np.flatnonzero(misfits | strays)
             raise ContractError(
@@ -269,9 +277,11 @@ class _ExtendPlan(NamedTuple):
     shift: np.ndarray[tuple[int], np.dtype[np.int64]]  # [B] packed token → place
 
 
-def _plan_extend(prefix_lens: Int32Array, seq_lens: Int32Array, page_size: int) -> _ExtendPlan:
+def _plan_extend(
+    prefix_lens: Int32Array, seq_lens: Int32Array, page_size: Int32Array
+) -> _ExtendPlan:
     offsets = prefix_lens % page_size
-    has_tail = offsets > 0
+    has_tail = offsets > _ZERO
     num_touched = -(-seq_lens // page_size) - prefix_lens // page_size
     first_touched = np.cumsum(num_touched) - num_touched
     is_new = np.ones(int(num_touched.sum()), dtype=np.bool_)

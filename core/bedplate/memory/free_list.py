@@ -90,8 +90,13 @@ class FreeList:
         if count < 0:
             raise ContractError(f"cannot allocate {count} {self._noun}s; ask for 0 or more")
         ids = self._stack[head:end].copy()
-        self._taken[self._index(ids)] = True
         self._head = end
+        if count < _RUN_MIN:
+            self._taken[ids.astype(_INDEX)] = True
+        elif count > self.size - end:
+            self._mark_all()  # fewer stay than go
+        else:
+            self._taken[self._index(ids)] = True
         return ids
 
     def free(self, ids: Int32Array) -> None:
@@ -112,7 +117,7 @@ class FreeList:
         self._head = head
 
     def distinct(self, ids: Int32Array) -> Int32Array:
-        """``ids`` with each id once; out-of-range ids are an error as in ``free``."""
+        """``ids`` with each id once; ids out of range may be refused as by ``free``."""
         index = self._index(ids)
         if isinstance(index, slice):
             return ids
@@ -162,8 +167,8 @@ class FreeList:
         if count >= _RUN_MIN:
             first, last = int(ids[0]), int(ids[-1])
             if (
-                last - first == count - 1
-                and 0 < first <= last <= self.size
+                first > 0
+                and last - first == count - 1
                 and np.count_nonzero(ids[1:] > ids[:-1]) == count - 1
             ):
                 return slice(first, last + 1)
@@ -180,13 +185,12 @@ class FreeList:
         try:
             if count * _COUNT_RATIO >= self.size:
                 return self._release_many(index, count)
-            if np.count_nonzero(taken[index]) != count:
-                return False
-            if not self._are_distinct(index):
+            # Looking into bytes is half the cost of counting flags or comparing arrays.
+            if b"\0" in taken[index].tobytes() or not self._are_distinct(index):
                 return False
             taken[index] = False
         except IndexError:
-            self._mark_all()
+            self._mark_all()  # numpy does not promise to look before it writes
             return False
         return True
 
@@ -204,7 +208,6 @@ class FreeList:
             self._order = np.arange(len(index), dtype=np.int32)
         order = self._order[: len(index)]
         self._seen[index] = order
-        # Comparing bytes is half the cost of comparing arrays and counting.
         return self._seen[index].tobytes() == order.tobytes()
 
     def _refusal(self, ids: Int32Array) -> ContractError:

@@ -176,10 +176,10 @@ def test_storage_starts_finite_and_stays_in_place():
 class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.calls: list[tuple[str, torch.dtype | None]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
+        self.calls.append((str(func), getattr(args[0], "dtype", None)))
         return func(*args, **(kwargs or {}))
 
 
@@ -188,7 +188,18 @@ def test_writing_is_two_indexed_copies_when_dtypes_agree():
     k, where = torch.ones(3, 2, 4), slots(1, 2, 3)
     with Recorder() as recorder:
         pool.write(0, where, k, k)
-    assert recorder.names == ["aten.index_put_.default"] * 2
+    assert recorder.calls == [("aten.index_put_.default", torch.float32)] * 2
+
+
+@pytest.mark.parametrize("dtype", ONE_BYTE_DTYPES, ids=str)
+def test_one_byte_floats_are_indexed_as_bytes(dtype: torch.dtype):
+    pool = make_pool(call(0), dtype=dtype)
+    with Recorder() as recorder:
+        pool.write(0, slots(1), torch.ones(1, 2, 4), torch.ones(1, 2, 4))
+        pool.move(slots(2), slots(1))
+        pool.load_cpu_copy(pool.get_cpu_copy(slots(1)), slots(3))
+    indexed = {dtype for name, dtype in recorder.calls if "index" in name}
+    assert indexed == {torch.uint8}
 
 
 def test_a_batch_without_rows_writes_nothing():
