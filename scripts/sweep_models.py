@@ -64,7 +64,10 @@ def try_class(name):
         config = tiny_models.tiny_config(config_class, overrides)
         spec = probe(model_class, config)
     except UnsupportedModelError as error:
-        return row | {"verdict": "refused", "reason": error.facts["reason"]}
+        # Where only the tiny configuration cannot be run, the shrinking is to blame.
+        shrunk = "cannot be run" in str(error) and row["full_size"][:1].isdigit()
+        verdict = "untried" if shrunk else "refused"
+        return row | {"verdict": verdict, "reason": error.facts["reason"]}
     except Exception as error:
         return row | {"verdict": "untried", "reason": f"{type(error).__name__}: {error}"}
     try:
@@ -90,7 +93,10 @@ def try_class(name):
 def _probe_full_size(model_class, config_class):
     started = time.perf_counter()
     try:
-        spec = probe(model_class, config_class())
+        config = config_class()
+        if hasattr(config, "is_decoder"):
+            config.is_decoder = True
+        spec = probe(model_class, config)
     except UnsupportedModelError as error:
         reason = error.facts["reason"]
         # A default configuration need not be one that any checkpoint has.
@@ -167,7 +173,7 @@ def _section(verdict, names, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("classes", nargs="*", help="only these classes")
-    parser.add_argument("--again", default="", help="repeat classes with this verdict")
+    parser.add_argument("--again", default="", help="repeat these verdicts, separated by commas")
     parser.add_argument("--table", type=Path, default=ROOT / "docs/reference/models.md")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
@@ -176,7 +182,7 @@ def main():
     rows = json.loads(store.read_text()) if store.exists() else {}
     names = options.classes or [m.__name__ for _, m in hf.causal_lm_classes()]
     fresh = options.classes or [
-        n for n in names if n not in rows or rows[n]["verdict"] == options.again
+        n for n in names if n not in rows or rows[n]["verdict"] in options.again.split(",")
     ]
     store.parent.mkdir(parents=True, exist_ok=True)
     for name in tqdm(fresh, unit="class", disable=None):

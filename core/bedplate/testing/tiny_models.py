@@ -117,7 +117,18 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """Certified families, with what each needs beside ``TINY_SIZES``."""
 
-SWEEP_OVERRIDES: Mapping[str, Mapping[str, Any]] = {}
+SWEEP_OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
+    },
+    "dots1": {"n_shared_experts": 1},
+    "gemma3n_text": {
+        "layer_types": _SLIDING * 2, "num_kv_shared_layers": 2, "laurel_rank": 8,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE,
+        "activation_sparsity_pattern": (0.0,) * 4,
+    },
+}  # fmt: skip
 """What other families need for the sweep over all classes."""
 
 

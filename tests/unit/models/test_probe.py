@@ -17,6 +17,9 @@ from bedplate.errors import UnsupportedModelError
 from bedplate.models.probe import probe
 from bedplate.testing import tiny_models
 
+# Upstream quirk (transformers 5.17): some modeling files use torch.jit.script when imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
 
 def tiny(model_type, **overrides):
     model_class, _ = tiny_models.family(model_type)

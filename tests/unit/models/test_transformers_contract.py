@@ -14,6 +14,9 @@ from torch import nn
 from bedplate.models import transformers_api as hf
 from bedplate.testing.tiny_models import family, tiny_model
 
+# Upstream quirk (transformers 5.17): some modeling files use torch.jit.script when imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
 
 def llama(**overrides):
     model_class, config = family("llama")
