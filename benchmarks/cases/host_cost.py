@@ -14,8 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bedplate.engine.core import EngineCore
 from bedplate.memory.allocator import PagedAllocator
@@ -23,6 +22,9 @@ from bedplate.memory.req_to_token import ReqToTokenPool
 from bedplate.runner.sampling_params import SamplingParams
 from bedplate.scheduling.scheduler import Scheduler
 from bedplate.testing.null_executor import NullExecutor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CONTEXT_TOKENS = 1024
 STEPS = 2000
@@ -128,7 +130,9 @@ def report(rows: list[dict[str, Any]]) -> None:
     print(f"µs of process time per decode step, median of {STEPS // 2}, context 1024")
     print("page overlap batch |   step |  slots   plan  apply  stats | bar")
     for row in rows:
-        parts = "".join(f"{row[k]:7.1f}" for k in ("slots_us", "plan_us", "apply_us", "stats_us"))
+        parts = "".join(
+            f"{row[k]:7.1f}" for k in ("slots_us", "plan_us", "apply_us", "stats_us")
+        )
         bar = "" if row["bar_us"] is None else f"{row['bar_us']:.0f}"
         print(
             f"{row['page_size']:4} {row['overlap']!s:7} {row['batch']:5} |"

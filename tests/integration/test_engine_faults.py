@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from bedplate.batch.step import StepOutput
 from bedplate.engine.core import EngineCore
 from bedplate.memory.allocator import PagedAllocator
 from bedplate.memory.req_to_token import ReqToTokenPool
@@ -123,7 +122,11 @@ def make_core(executor=HistoryExecutor, *, tokens=4096, rows=4, page=4, **option
         **{"max_prefill_tokens": 4096, **options},
     )
     runs = executor(
-        tokens + page, pool.table.shape, vocab_size=VOCAB, eos_token_ids=EOS, asynchronous=overlap
+        tokens + page,
+        pool.table.shape,
+        vocab_size=VOCAB,
+        eos_token_ids=EOS,
+        asynchronous=overlap,
     )
     core = EngineCore(
         scheduler=scheduler, executor=runs, eos_token_ids=EOS, tokenizer=LetterCodec()
@@ -202,7 +205,7 @@ def test_survivors_equal_their_solo_runs(asked, solo, options, faults):
     else:
         assert reasons.count("abort") > 20
         assert poisoned > 40
-        assert NUM_REQUESTS / 2 < sum(r in ("stop", "length") for r in reasons)
+        assert sum(r in ("stop", "length") for r in reasons) > NUM_REQUESTS / 2
     check_nothing_leaked(scheduler, allocator, pool)
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from bedplate.engine.outputs import Delta, RequestOutput
     from bedplate.engine.track import TextCodec
     from bedplate.scheduling.planned import Applied
+    from bedplate.scheduling.request import FinishReason
     from bedplate.scheduling.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class EngineCore:
             request_id: Name for it, not in use; chosen if not given.
             priority: Higher goes first.
             sink: Called, by the thread that steps, with the result in the last ``Delta``.
-                It must not block; if it raises, the request is aborted.
+                It must not block; if it raises, the request fails.
             stream: Call ``sink`` with every new token before that, too.
 
         Returns:
@@ -172,13 +173,15 @@ class EngineCore:
             return self._result(applied)
 
     def abort_all(self, error: str = "") -> list[RequestOutput]:
-        """End every request; with an ``error``, as failed."""
+        """End every request and wait for passes in flight; with an ``error``, as failed."""
+        reason: FinishReason = "error" if error else "abort"
         with self._lock:
             self._read_inbox()
             for track in list(self._tracks.values()):
-                reason = "error" if error else "abort"
-                self._scheduler.finish(track.request, reason, error=error)  # type: ignore[arg-type]
+                self._scheduler.finish(track.request, reason, error=error)
                 self._close(track.request)
+            while self._pending:
+                self._settle()
             return self._take_outputs()
 
     def _request(
@@ -190,7 +193,7 @@ class EngineCore:
         priority: int,
     ) -> Request:
         tokens = prompt_tokens(prompt, self._codec, self._vocab_size)
-        if (params.stop) and self._codec is None:
+        if params.stop and self._codec is None:
             raise ConfigError(
                 "stop strings need text, and this engine has no tokenizer; use stop_token_ids"
             )
@@ -243,9 +246,7 @@ class EngineCore:
                 refused.append((request, self._describe(error)))
         return refused
 
-    def _launch(
-        self, batch: ScheduleBatch, begun: int
-    ) -> Applied | None:
+    def _launch(self, batch: ScheduleBatch, begun: int) -> Applied | None:
         try:
             pending = self._executor.launch(batch)
         except Exception as error:  # a pass failed, the engine lives
@@ -305,18 +306,21 @@ class EngineCore:
         if track is None:
             return
         try:
-            self._outputs.append(track.close())
-        except Exception as error:  # a tokenizer or a listener failed
+            output = track.close()
+        except Exception as error:  # the tokenizer failed
             request.finish_reason, request.error = "error", self._describe(error)
-            self._outputs.append(track.give_up())
+            output = track.give_up()
+        self._outputs.append(output)
+        try:
+            track.report(output)
+        except Exception as error:  # the listener failed, and is the only one who cares
+            self._describe(error)
 
     def _result(self, applied: Applied | None) -> StepResult:
         outputs = self._take_outputs()
         if applied is None:
             return StepResult(numbers=_NOTHING, token_ids=_NOTHING, outputs=outputs)
-        return StepResult(
-            numbers=applied.numbers, token_ids=applied.token_ids, outputs=outputs
-        )
+        return StepResult(numbers=applied.numbers, token_ids=applied.token_ids, outputs=outputs)
 
     def _take_outputs(self) -> list[RequestOutput]:
         outputs, self._outputs = self._outputs, []
@@ -347,5 +351,3 @@ class EngineCore:
         )
         for observer in self._observers:
             observer(stats)
-
-

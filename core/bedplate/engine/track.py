@@ -88,7 +88,7 @@ class Track:
         return stop
 
     def close(self) -> RequestOutput:
-        """The request has ended: read the rest, and tell the sink the result.
+        """The request has ended: read the rest and make the result.
 
         A stop string in the rest becomes the reason of the end.
         """
@@ -105,16 +105,18 @@ class Track:
             elif self._stops is not None:
                 text += self._stops.flush()
         self._text.append(text)
-        output = self._output(new)
-        tokens, parts = self._told
-        self._tell(new[tokens:], "".join(self._text[parts:]), output)
-        return output
+        return self._output(new)
 
     def give_up(self) -> RequestOutput:
         """The text could not be made: end without another attempt."""
         self._codec = None
         self._stops = None
         return self.close()
+
+    def report(self, output: RequestOutput) -> None:
+        """Tell the sink the result, with what it has not heard yet."""
+        tokens, parts = self._told
+        self._tell(list(output.token_ids[tokens:]), "".join(self._text[parts:]), output)
 
     def _read(self, token_ids: list[int]) -> tuple[str, str | None]:
         self.seen += len(token_ids)
@@ -128,9 +130,7 @@ class Track:
             return self._detokenizer.push(token_ids), None
         return self._match(self._detokenizer, token_ids)
 
-    def _match(
-        self, detokenizer: Detokenizer, token_ids: list[int]
-    ) -> tuple[str, str | None]:
+    def _match(self, detokenizer: Detokenizer, token_ids: list[int]) -> tuple[str, str | None]:
         """Token by token, since a stop string counts only from ``min_tokens`` on."""
         assert self._stops is not None  # asked by the caller
         shown, first = [], self.seen - len(token_ids)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     Int32Array = npt.NDArray[np.int32]
 
+
 def _no_slots() -> Int32Array:
     return np.zeros(0, np.int32)
 

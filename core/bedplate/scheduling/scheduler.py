@@ -198,11 +198,6 @@ class Scheduler:
             if not taken:
                 break
             budget -= taken
-        idle = not (chunks or roster.decode.size or self._in_flight)
-        if idle and len(roster.extending) > 1:
-            # Unfinished prompts hold each other up: the last in rank gives way.
-            roster.preempt(max(roster.extending, key=lambda r: r.rank))
-            return self._plan_chunks(budget)
         return chunks
 
     def _plan_chunk(self, request: Request, budget: int, chunks: list[Chunk]) -> int:
