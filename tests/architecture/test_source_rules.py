@@ -102,7 +102,7 @@ def test_the_library_does_not_print():
     assert {path for path in allowed if path.startswith("core/")} == {"core/bedplate/cli/**"}
 
 
-def test_size_report(record_property, capsys):
+def test_size_report():
     files, functions = lengths(package_files())
     for lines, name in [*files[:10], *functions[:10]]:
         print(f"{lines:5d}  {name}")
