@@ -26,6 +26,7 @@ from bedplate.errors import ConfigError, RequestTooLongError
 from bedplate.scheduling.assembly import extend_batch, planned_extend
 from bedplate.scheduling.planned import Applied, Chunk, PlannedStep
 from bedplate.scheduling.policy import chunk_end
+from bedplate.scheduling.request import RequestState
 from bedplate.scheduling.roster import Roster
 from bedplate.scheduling.settling import apply_output, fail_step
 from bedplate.scheduling.slot_source import SlotSource
@@ -186,19 +187,34 @@ class Scheduler:
         return size if self._mixed and size + self._page <= self._budget else 0
 
     def _plan_chunks(self, budget: int) -> list[Chunk]:
-        """New prompt tokens for one pass: begun prompts first, then waiting requests."""
-        roster = self.roster
+        """New prompt tokens for one pass, most urgent first.
+
+        Nobody gets slots that a more urgent request could not get: unfinished prompts would
+        hold each other up.
+        """
         chunks: list[Chunk] = []
-        for request in sorted(roster.extending, key=lambda r: r.rank):
-            budget -= self._plan_chunk(request, budget, chunks)
-        while budget > 0 and (waiting := roster.waiting.peek()) is not None:
-            if not self._admit(waiting, chunks):
-                break
-            taken = self._plan_chunk(waiting, budget, chunks)
+        begun = deque(sorted(self.roster.extending, key=lambda r: r.rank))
+        while budget > 0 and (request := self._next_to_extend(begun, chunks)) is not None:
+            taken = self._plan_chunk(request, budget, chunks)
             if not taken:
                 break
             budget -= taken
         return chunks
+
+    def _next_to_extend(self, begun: deque[Request], chunks: list[Chunk]) -> Request | None:
+        """The most urgent of those that have begun and, if it gets a row, the first to wait."""
+        roster = self.roster
+        waiting = None if roster.blocked else roster.waiting.peek()
+        if waiting is not None and not (begun and begun[0].rank < waiting.rank):
+            if self._admit(waiting, chunks):
+                return waiting
+            if self._must_settle:
+                return None
+        while begun:
+            request = begun.popleft()
+            if request.state is RequestState.EXTENDING:  # else it has just given way
+                return request
+        return None
 
     def _plan_chunk(self, request: Request, budget: int, chunks: list[Chunk]) -> int:
         """Plan the next chunk of a request; returns its new tokens, 0 if there is no room."""

@@ -349,10 +349,19 @@ def test_an_unfinished_prompt_gives_way_too():
     run(scheduler)
     second = add(scheduler, 28, max_tokens=2, priority=1)
     run(scheduler)
-    run(scheduler)
     assert (first.state, second.state) == (RequestState.WAITING, RequestState.EXTENDING)
     finish_all(scheduler)
     assert [len(r.output) for r in (first, second)] == [8, 2]
+
+
+def test_a_more_urgent_prompt_overtakes_an_unfinished_one():
+    scheduler = make(budget=8, prefix_cache=False)
+    first = add(scheduler, 20)
+    run(scheduler)
+    second = add(scheduler, 9, priority=1)
+    assert run(scheduler)["lens"] == [8]
+    assert run(scheduler)["lens"] == [9, 12]
+    assert (first.preemptions, second.state) == (0, RequestState.JOINING)
 
 
 # Overlap.
