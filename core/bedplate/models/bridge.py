@@ -14,7 +14,7 @@ Shapes: T tokens, H query heads, K key/value heads, D head size, Dv value size.
 
 from __future__ import annotations
 
-__all__ = ["AttentionBridge", "StepContext"]
+__all__ = ["AttentionBridge", "StepContext", "attention"]
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,7 +168,7 @@ def _compare(call: AttentionCallSpec, scaling: float | None, arguments: dict[str
         raise ContractError(f"{call.module} changed: " + "; ".join(wrong))
 
 
-def _attention(
+def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     attention_mask: Tensor | None, scaling: float | None = None, **arguments: Any,
 ) -> tuple[Tensor, None]:
@@ -182,4 +182,4 @@ def _attention(
     return bridge.attend(module, query, key, value, attention_mask, scaling, arguments), None
 
 
-register_attention(_attention)
+register_attention(attention)
