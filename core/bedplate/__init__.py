@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
     from bedplate.batch.forward_mode import CaptureHiddenMode, ForwardMode
     from bedplate.batch.pipeline import PPProxyTensors
     from bedplate.config import EngineConfig
@@ -26,6 +26,7 @@ _PUBLIC = {
     "CaptureHiddenMode": "bedplate.batch.forward_mode",
     "Engine": "bedplate.engine.engine",
     "EngineConfig": "bedplate.config",
+    "ExtendPart": "bedplate.batch.forward_batch",
     "ForwardBatch": "bedplate.batch.forward_batch",
     "ForwardMode": "bedplate.batch.forward_mode",
     "GraphRunner": "bedplate.graph.runner",
@@ -38,6 +39,7 @@ __all__ = [
     "CaptureHiddenMode",
     "Engine",
     "EngineConfig",
+    "ExtendPart",
     "ForwardBatch",
     "ForwardMode",
     "GraphRunner",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bedplate.config import EngineConfig
     from bedplate.engine.text import Tokenizer
     from bedplate.registry.decisions import DecisionLog
+    from bedplate.runner.model_runner import ModelRunner
     from bedplate.runner.startup import Started
 
 
@@ -80,6 +81,11 @@ class Engine(EngineClient):
     def decisions(self) -> DecisionLog:
         """Every choice that was made at start-up, with its reasons."""
         return self._started.decisions
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model and its parts, for weight updates and passes of your own."""
+        return self._started.runner
 
     def close(self) -> None:
         """End all requests and give the device back; later calls do nothing."""
