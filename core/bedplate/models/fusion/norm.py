@@ -32,13 +32,15 @@ SCALES = (1e-3, 3e-2, 1.0, 30.0)
 def find_norms(calls: Sequence[Call]) -> list[NormSite]:
     """Every childless module that rounds as a known root-mean-square norm does."""
     known: dict[tuple[object, ...], tuple[str, float] | None] = {}
-    first = {call.path: call for call in reversed(calls)}
+    first: dict[str, Call] = {}
+    for call in calls:
+        first.setdefault(call.path, call)
     several = {call.path for call in calls if not call.alone}
     sites = []
     for path, call in first.items():
         if path in several or not _may_be_norm(call.module, call.x):
             continue
-        key = (type(call.module), *sorted(_epsilons(call.module)), call.x.shape[-1])
+        key = (_settings(call.module), call.x.shape[-1])
         if key not in known:
             known[key] = rounding_order(call.module, call.x.shape[-1])
         form = known[key]
@@ -154,6 +156,12 @@ def _may_be_norm(module: nn.Module, x: Tensor) -> bool:
         and bool(_epsilons(module))
         and "forward" not in vars(module)
     )
+
+
+def _settings(module: nn.Module) -> tuple[object, ...]:
+    """Equal for norms that can only differ in the values of their weights."""
+    plain = ((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)))
+    return type(module), len(list(module.parameters())), *plain
 
 
 def _epsilons(module: nn.Module) -> set[float]:

@@ -92,7 +92,7 @@ class WeightIndex:
         name = self.aliases.get(name, name)
         if name in self._views:
             return name
-        near = difflib.get_close_matches(name, self._views, n=3)
+        near = difflib.get_close_matches(name, [*self._views, *self.aliases], n=3)
         hint = f"; the nearest names are {', '.join(near)}" if near else ""
         raise WeightsError(f"The model has no tensor {name!r}{hint}.", unexpected=(name,))
 
@@ -150,7 +150,10 @@ class WeightIndex:
         """
         plan = self.plan(source, exact=exact, complete=complete)
         if plan.problems:
-            raise plan.problems.error("The tensors do not fit the model")
+            raise plan.problems.error(
+                f"The tensors do not fit {type(self._module).__name__}",
+                "Send tensors of the model that was loaded, each in its full shape.",
+            )
         undo: dict[str, Tensor] = {}
         try:
             self.write(plan, source, before=lambda name: undo.update({name: self._saved(name)}))

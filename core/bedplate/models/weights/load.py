@@ -137,7 +137,10 @@ def _fill(
     if plan.problems.conflicts and _untie_unequal(module, plan):
         plan = WeightIndex(module).plan(source, complete=True)
     if plan.problems:
-        raise plan.problems.error(f"The checkpoint does not fit {type(module).__name__}")
+        raise plan.problems.error(
+            f"The checkpoint does not fit {type(module).__name__}",
+            "Compare config.json with the checkpoint it came with.",
+        )
     # Everything fits: only now take the memory. Names, and so the plan, stay the same.
     allocate(module, device)
     index = WeightIndex(module)

@@ -76,16 +76,16 @@ class Problems:
         """Record that the tensors that make up ``target`` do not fit together."""
         self.unconvertible.append((target, f"{type(error).__name__}: {error}", _files(infos)))
 
-    def error(self, what: str) -> WeightsError:
+    def error(self, what: str, remedy: str) -> WeightsError:
         """The error that lists everything.
 
         Args:
-            what: Sentence beginning, such as ``/models/x does not fit Qwen3ForCausalLM``.
+            what: First sentence, such as ``The checkpoint does not fit Qwen3ForCausalLM``.
+            remedy: Last sentence: what to do.
         """
         sections = [text for text in self._sections() if text]
         return WeightsError(
-            f"{what}.\n" + "\n".join(sections) + "\nNothing was changed. Compare config.json "
-            "with the checkpoint it came with.",
+            f"{what}.\n" + "\n".join(sections) + f"\nNothing was changed. {remedy}",
             missing=tuple(self.missing),
             unexpected=tuple(info.name for info in self.unexpected),
             misshapen=tuple(self.misshapen),
