@@ -61,12 +61,11 @@ class Engine(EngineClient):
         self, config: EngineConfig, progress: Callable[[str, int, int], None] | None
     ) -> None:
         # Loads the model stack, which ``import bedplate.engine`` should not.
-        from bedplate.engine.text import Tokenizer
         from bedplate.runner.startup import start
 
         self._started = start(config, progress=progress)
         try:
-            self.tokenizer = Tokenizer(self._started.tokenizer_folder)
+            self.tokenizer = _find_tokenizer(self._started)
             super().__init__(_make_core(self._started, self.tokenizer))
         except BaseException:
             self._started.bound.shutdown()
@@ -93,7 +92,19 @@ class Engine(EngineClient):
         self._started.bound.shutdown()
 
 
-def _make_core(started: Started, tokenizer: Tokenizer) -> EngineCore:
+def _find_tokenizer(started: Started) -> Tokenizer | None:
+    """The folder's tokenizer; ``None`` where it has none and nobody asked for one.
+
+    Such an engine takes and gives token ids.
+    """
+    from bedplate.engine.text import Tokenizer, has_tokenizer
+
+    if started.config.tokenizer is None and not has_tokenizer(started.tokenizer_folder):
+        return None
+    return Tokenizer(started.tokenizer_folder)
+
+
+def _make_core(started: Started, tokenizer: Tokenizer | None) -> EngineCore:
     scheduler = Scheduler(
         allocator=started.allocator,
         req_to_token_pool=started.req_to_token_pool,

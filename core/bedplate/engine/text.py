@@ -7,7 +7,7 @@ text.
 
 from __future__ import annotations
 
-__all__ = ["IncrementalDetokenizer", "StopStringMatcher", "Tokenizer"]
+__all__ = ["IncrementalDetokenizer", "StopStringMatcher", "Tokenizer", "has_tokenizer"]
 
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 _CONTEXT_TOKENS = 8
 _REPLACEMENT = "\ufffd"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder holds a tokenizer of any kind."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any((folder / name).is_file() for name in names)
 
 
 class Tokenizer:

@@ -157,8 +157,12 @@ class ModelRunner:
         self.bound.after_load(self.loaded.module)
 
     def measure_graphs(self) -> None:
-        """Capture the largest bucket on a cache of one page a request, and note its bytes."""
-        if not self.plan.graphs:
+        """Capture the largest bucket on a cache of one page a request, and note its bytes.
+
+        Where host and device share memory, graphs and cache do not compete for a fixed
+        amount of it, and the trial is left out.
+        """
+        if not self.plan.graphs or self.bound.capabilities.memory.unified:
             return
         largest = self._capture_sizes()[-1:]
         self._make_pools(largest[0] * self.plan.page_size)

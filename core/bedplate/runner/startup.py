@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Started", "explain_startup", "start"]
+__all__ = ["Started", "start"]
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bedplate.reference.attention import reference_provider
@@ -17,8 +18,6 @@ from bedplate.runner.loading import model_folder
 from bedplate.runner.model_runner import ModelRunner
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from bedplate.config import EngineConfig
     from bedplate.contract.memory import TokenToKVPoolAllocator
     from bedplate.memory.req_to_token import ReqToTokenPool
@@ -115,7 +114,7 @@ def start(
             decisions=decisions,
             runner=runner,
             executor=ModelExecutor(runner, eos),
-            tokenizer_folder=model_folder(config) if config.tokenizer is None else _named(config),
+            tokenizer_folder=_tokenizer_folder(config),
             eos_token_ids=eos,
         )
     except BaseException:
@@ -123,22 +122,9 @@ def start(
         raise
 
 
-def explain_startup(config: EngineConfig) -> DecisionLog:
-    """Start, note every choice, shut down.
-
-    A start that fails is explained too: the log holds what was decided until then, and the
-    error is raised afterwards by ``start`` itself when the user really starts.
-    """
-    decisions = DecisionLog()
-    started = start(config, decisions=decisions)
-    started.bound.shutdown()
-    return decisions
-
-
-def _named(config: EngineConfig) -> Path:
-    from pathlib import Path
-
-    return Path(str(config.tokenizer)).expanduser()
+def _tokenizer_folder(config: EngineConfig) -> Path:
+    named = config.tokenizer
+    return model_folder(config) if named is None else Path(named).expanduser()
 
 
 def _end_tokens(runner: ModelRunner) -> tuple[int, ...]:
