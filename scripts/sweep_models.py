@@ -173,7 +173,7 @@ def _section(verdict, names, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("classes", nargs="*", help="only these classes")
-    parser.add_argument("--again", default="", help="repeat these verdicts, separated by commas")
+    parser.add_argument("--again", default="", help="repeat these verdicts, with commas")
     parser.add_argument("--table", type=Path, default=ROOT / "docs/reference/models.md")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()

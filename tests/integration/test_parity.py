@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from tests.integration.parity.story import run_story
 
 from bedplate.models.probe import probe
 from bedplate.testing.tiny_models import FAMILIES, WINDOW_TOKENS, family, tiny_model
-from tests.integration.parity.story import run_story
 
 # Upstream quirk (transformers 5.17): some modeling files use torch.jit.script when imported.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")

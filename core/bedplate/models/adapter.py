@@ -70,6 +70,8 @@ class HFModel:
             batch: The pass.
             input_embeds: ``[T, C]`` instead of the embeddings of ``batch.input_ids``.
 
+        A batch without tokens is answered without running the module, which could not.
+
         Returns:
             Logits ``[R, V]`` of ``batch.logits_rows`` in the model's dtype, and the states
             that the head received: ``[T, C]`` for ``FULL``, ``[R, C]`` for ``LAST``.
@@ -80,6 +82,8 @@ class HFModel:
         """
         if self._attention is None:
             raise ContractError("HFModel.forward came before bind_attention")
+        if not batch.num_tokens:
+            return self._idle(batch)
         self._check_lengths(batch)
         if self._check:
             batch.check()
@@ -93,6 +97,14 @@ class HFModel:
         return LogitsOutput(next_token_logits=logits, hidden_states=hidden)
 
     __call__ = forward
+
+    def _idle(self, batch: ForwardBatch) -> LogitsOutput:
+        weight = next(self.module.parameters())
+        hidden = None
+        if batch.capture_hidden.need_capture():
+            hidden = weight.new_empty((0, self.spec.hidden_size))
+        logits = weight.new_empty((0, self.spec.vocab_size))
+        return LogitsOutput(next_token_logits=logits, hidden_states=hidden)
 
     def _run(
         self, batch: ForwardBatch, rows: Tensor | None, input_embeds: Tensor | None

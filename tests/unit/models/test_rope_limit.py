@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from tests.integration.parity.rig import Rig, oracle_logits
 
 from bedplate.errors import RequestTooLongError
 from bedplate.models.probe import probe
 from bedplate.models.rope_limit import freeze_ropes, rope_limit
 from bedplate.testing.tiny_models import tiny_config, tiny_model
-from tests.integration.parity.rig import Rig, oracle_logits
 
 SWITCH = 24
 LONG_ROPE = {

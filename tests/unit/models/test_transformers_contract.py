@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What we rely on in transformers, one test per promise; run on the lowest and newest release."""
+"""What we rely on in transformers, a test per promise; run on the lowest and newest release."""
 
 from __future__ import annotations
 
