@@ -146,7 +146,6 @@ class Roster:
         """Back to the queue: its tokens so far are what it computes when it returns."""
         self._leave_row(request, keep=True)
         request.preemptions += 1
-        request.scored = len(request.prompt_logprobs)
         self.waiting.push(request)
 
     def finish(

@@ -364,6 +364,29 @@ def test_a_more_urgent_prompt_overtakes_an_unfinished_one():
     assert (first.preemptions, second.state) == (0, RequestState.JOINING)
 
 
+def test_those_who_decode_keep_room_for_a_page_each():
+    scheduler = make(tokens=16, prefix_cache=False)
+    first = add(scheduler, 4)
+    run(scheduler)  # its next token needs a page
+    second = add(scheduler, 12, max_tokens=1)
+    finish_all(scheduler)
+    assert first.finished_s < second.admitted_s
+    assert (first.preemptions, second.preemptions) == (0, 0)
+
+
+def test_nobody_takes_what_the_more_urgent_could_not_get():
+    scheduler = make(budget=8, prefix_cache=False)
+    low = add(scheduler, 12)
+    run(scheduler)
+    high = add(scheduler, 20, priority=1)
+    run(scheduler)
+    elsewhere = scheduler.slots._allocator.alloc(64 - 16 - 4)
+    assert scheduler.next_batch() is None  # one page is left: too little for the urgent one
+    scheduler.slots._allocator.free(elsewhere)
+    assert run(scheduler)["lens"] == [16]
+    assert (high.preemptions, low.preemptions) == (0, 0)
+
+
 # Overlap.
 
 
