@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bedplate.batch.forward_mode import ForwardMode
+from bedplate.batch.schedule_batch import ScheduleBatch
 from bedplate.scheduling.table import NO_STOP
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class DecodeBatch:
         row_index: ``[B]`` the same as int64, which indexing wants.
         serials: ``[B]`` int64, of the table at the time of joining.
         numbers: ``[B]`` int64 arrival numbers.
-        on_device: ``[B]`` bool, all true.
+        batch: The decode pass, made of the arrays here.
         seq_lens: ``[B]`` int32 in place; length after the pass planned last.
         slots: ``[B]`` int32 in place; slot of the last token.
         positions: ``[B]`` int64 in place.
@@ -47,17 +49,21 @@ class DecodeBatch:
         stops: ``W`` arrays ``[B]`` int64.
         index_of: ``[R]`` int32; member index of a row, −1 for no member.
         steps_left: Decode steps for which certainly no member reaches its length.
+        steps_in_page: Decode steps for which certainly no member needs another page.
     """
 
-    def __init__(self, table: RequestTable) -> None:
+    def __init__(self, table: RequestTable, page_size: int, *, overlap: bool) -> None:
         capacity = table.num_rows
         self._table = table
+        self._page = page_size
+        self._overlap = overlap
         self._int32 = np.zeros((3, capacity), np.int32)
         self._int64 = np.zeros((3, capacity), np.int64)
         self._stops = np.full((1, capacity), NO_STOP, np.int64)
         self._true = np.ones(capacity, np.bool_)
         self.index_of = np.full(capacity, -1, np.int32)
         self.steps_left = 0
+        self.steps_in_page = 0
         self.size = 0
         self.epoch = 0
         self._stale = True
@@ -69,13 +75,14 @@ class DecodeBatch:
         length = int(table.seq_len[row])
         flat = row * table.stride + length - 1
         self._int32[:, i] = (row, length, table.slots[flat])
-        self._int64[:, i] = (length - 1, table.flat_tokens[flat + 1], flat)
+        self._int64[:, i] = (length - 1, flat, table.flat_tokens[flat + 1])
         if len(table.stops) != len(self._stops):
             self._restop()
         self._stops[:, i] = table.stops[:, row]
         self.index_of[row] = i
-        left = int(table.max_len[row]) - 1 - length
-        self.steps_left = left if self.size == 0 else min(self.steps_left, left)
+        left, in_page = int(table.max_len[row]) - 1 - length, -length % self._page
+        self.steps_left = left if i == 0 else min(self.steps_left, left)
+        self.steps_in_page = in_page if i == 0 else min(self.steps_in_page, in_page)
         self.size += 1
         self._changed()
 
@@ -97,12 +104,15 @@ class DecodeBatch:
         ``seq_lens`` was already raised by the caller, who needed it to get the slots.
         """
         self.slots[:] = slots
-        self.positions += 1
-        self.flat += 1
+        self._places += 1
         table = self._table
         table.slots[self.flat] = slots
         table.seq_len[self.row_index] = self.seq_lens
         self.steps_left -= 1
+        if self.steps_in_page > 0:
+            self.steps_in_page -= 1
+        elif self.size < self._page:  # in a larger batch somebody soon needs a page again
+            self.steps_in_page = int((-self.seq_lens % self._page).min())
 
     def ending(self) -> Int64Array | None:
         """Members for which the pass just planned is the last; ``None`` = nobody."""
@@ -118,7 +128,7 @@ class DecodeBatch:
         """Tell members the values of their next inputs; rows that left are skipped."""
         index = self.index_of[rows]
         here = index >= 0
-        self._int64[1, index[here]] = tokens[here]
+        self._int64[2, index[here]] = tokens[here]
 
     def refresh(self) -> None:
         """Renew the views after members joined or left."""
@@ -130,10 +140,19 @@ class DecodeBatch:
         self.row_index = self.rows.astype(np.int64)
         self.serials = table.serial[self.row_index]
         self.numbers = table.number[self.row_index]
-        self.on_device = self._true[:n]
         self.seq_lens, self.slots = self._int32[1, :n], self._int32[2, :n]
-        self.positions, self.input_ids, self.flat = self._int64[:, :n]
+        self.positions, self.flat, self.input_ids = self._int64[:, :n]
+        self._places = self._int64[:2, :n]
         self.stops = tuple(column[:n] for column in self._stops)
+        self.batch = ScheduleBatch(
+            mode=ForwardMode.DECODE,
+            req_pool_indices=self.rows,
+            seq_lens=self.seq_lens,
+            input_ids=self.input_ids,
+            positions=self.positions,
+            out_cache_loc=self.slots,
+            token_on_device=self._true[:n] if self._overlap else None,
+        )
 
     def _changed(self) -> None:
         self.epoch += 1

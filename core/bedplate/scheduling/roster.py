@@ -50,6 +50,7 @@ class Roster:
         slots: Likewise.
         page_size: Tokens a page.
         max_running: Requests that may own rows at once.
+        overlap: Decode passes find their input tokens on the device.
 
     Attributes:
         table: Columns of the running requests.
@@ -60,13 +61,19 @@ class Roster:
     """
 
     def __init__(
-        self, pool: RowPool, slots: SlotSource, page_size: int, max_running: int
+        self,
+        pool: RowPool,
+        slots: SlotSource,
+        page_size: int,
+        max_running: int,
+        *,
+        overlap: bool,
     ) -> None:
         self._pool = pool
         self._page = page_size
         self.slots = slots
         self.table = RequestTable(pool.table)
-        self.decode = DecodeBatch(self.table)
+        self.decode = DecodeBatch(self.table, page_size, overlap=overlap)
         self.waiting = WaitingQueue()
         self.extending: list[Request] = []
         self._joining: list[Request] = []

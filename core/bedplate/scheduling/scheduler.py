@@ -21,7 +21,6 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from bedplate.batch.forward_mode import ForwardMode
-from bedplate.batch.schedule_batch import ScheduleBatch
 from bedplate.errors import ConfigError, RequestTooLongError
 from bedplate.scheduling.assembly import extend_batch, planned_extend
 from bedplate.scheduling.planned import Applied, Chunk, PlannedStep
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from bedplate.batch.schedule_batch import ScheduleBatch
     from bedplate.batch.step import StepOutput
     from bedplate.contract.memory import TokenToKVPoolAllocator
     from bedplate.scheduling.request import FinishReason, Request
@@ -88,7 +88,9 @@ class Scheduler:
         self._mixed = mixed
         self.overlap = overlap
         self.slots = SlotSource(allocator, page_size, prefix_cache=prefix_cache)
-        self.roster = Roster(req_to_token_pool, self.slots, page_size, max_running_requests)
+        self.roster = Roster(
+            req_to_token_pool, self.slots, page_size, max_running_requests, overlap=overlap
+        )
         self._in_flight: deque[PlannedStep] = deque()
         self._must_settle = False
         self.admitted: list[Request] = []
@@ -130,7 +132,7 @@ class Scheduler:
             f"A prompt of {prompt_len} tokens and {new} make {wanted}, but a request can have "
             f"{room}: the context holds {self._max_context_len} and the key-value pool "
             f"{self.slots.capacity} tokens. Shorten the prompt, lower max_tokens, or raise "
-            "max_context_len or the pool's share of memory",
+            "max_context_len, max_total_tokens or mem_fraction",
             prompt_len=prompt_len,
             max_tokens=max_tokens,
             max_context_len=self._max_context_len,
@@ -170,7 +172,9 @@ class Scheduler:
         if roster.extending or (roster.waiting and not roster.blocked):
             chunks = self._plan_chunks(self._budget - riders)
         if chunks:
-            return self._plan_extend(chunks, ride=bool(riders) and self._advance())
+            # Those who were to ride may have given way meanwhile.
+            ride = riders > 0 and roster.decode.size > 0 and self._advance()
+            return self._plan_extend(chunks, ride=ride)
         return None if self._must_settle else self._plan_decode()
 
     def apply(self, output: StepOutput) -> Applied:
@@ -293,21 +297,16 @@ class Scheduler:
                 num_tokens=decode.size,
             )
         )
-        return ScheduleBatch(
-            mode=ForwardMode.DECODE,
-            req_pool_indices=decode.rows,
-            seq_lens=decode.seq_lens,
-            input_ids=decode.input_ids,
-            positions=decode.positions,
-            out_cache_loc=decode.slots,
-            token_on_device=decode.on_device if self.overlap else None,
-        )
+        return decode.batch
 
     def _advance(self) -> bool:
         """Give every member of the decode batch a slot; ``False`` = no room, no change."""
         decode = self.roster.decode
         decode.refresh()
         decode.seq_lens += 1
+        if decode.steps_in_page > 0:  # everybody goes on in a page that is theirs
+            decode.advance(decode.slots + 1)
+            return True
         slots = self.slots.decode(decode.seq_lens, decode.slots)
         if slots is None:
             decode.seq_lens -= 1

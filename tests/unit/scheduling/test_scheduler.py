@@ -191,6 +191,16 @@ def test_riders_stay_behind_when_slots_are_short():
     assert modes[0] == "MIXED"
 
 
+def test_a_rider_that_gave_way_does_not_ride():
+    scheduler = make(mixed=True, rows=1)
+    add(scheduler, 4)
+    run(scheduler)
+    run(scheduler)
+    add(scheduler, 4, priority=1)
+    assert run(scheduler)["mode"] == "EXTEND"
+    finish_all(scheduler)
+
+
 def test_urgent_requests_go_first():
     scheduler = make(rows=1)
     low, high = add(scheduler, 4), add(scheduler, 4, priority=1)
