@@ -30,9 +30,15 @@ from bedplate import Engine, SamplingParams
 
 NEW_TOKENS = 64
 SHAPE = {
-    "hidden_size": 768, "num_hidden_layers": 16, "num_attention_heads": 12,
-    "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 2048, "vocab_size": 32000,
-    "max_position_embeddings": 2048, "tie_word_embeddings": True,
+    "hidden_size": 768,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 2048,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
 }
 
 
@@ -45,11 +51,17 @@ def prompts(count: int) -> list[list[int]]:
 def make_checkpoint(folder: Path, dtype: torch.dtype) -> int:
     torch.manual_seed(0)
     config = Qwen3Config(
-        **SHAPE, bos_token_id=1, eos_token_id=2, pad_token_id=3, dtype=str(dtype)[6:],
+        **SHAPE,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+        dtype=str(dtype)[6:],
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=3, bos_token_id=1)
+    model.generation_config = GenerationConfig(
+        eos_token_id=None, pad_token_id=3, bos_token_id=1
+    )
     model.save_pretrained(folder)
     vocab = {f"t{i}": i for i in range(config.vocab_size)}
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -73,8 +85,12 @@ def padded_generate(model: torch.nn.Module, requests: list[list[int]]) -> list[l
     mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in requests])
     with torch.no_grad():
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-            do_sample=False, pad_token_id=3,
+            ids,
+            attention_mask=mask,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=3,
         )
     return out[:, longest:].tolist()
 
@@ -112,8 +128,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         size = make_checkpoint(Path(folder), dtype)
         load = {"dtype": dtype, "local_files_only": True}
-        sdpa = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **load).eval()
-        paged = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **load).eval()
+        sdpa = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa", **load
+        ).eval()
+        paged = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa", **load
+        ).eval()
         engine = Engine(
             folder, backend="cpu", dtype=options.dtype, max_context_len=512, prefix_cache=False
         )
@@ -126,8 +146,9 @@ def main() -> None:
             wanted = options.only.split(",")
             contestants = {n: c for n, c in contestants.items() if any(w in n for w in wanted)}
         print(
-            f"{size / 1e6:.0f} M parameters, {options.dtype}, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__}, transformers {transformers_version}, {platform.machine()}"
+            f"{size / 1e6:.0f} M parameters, {options.dtype}, {torch.get_num_threads()} "
+            f"threads, torch {torch.__version__}, transformers {transformers_version}, "
+            f"{platform.machine()}"
         )
         report: dict[str, object] = {}
         for title, requests in (

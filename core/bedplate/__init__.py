@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from bedplate.batch.pipeline import PPProxyTensors
     from bedplate.config import EngineConfig
     from bedplate.engine.engine import Engine
-    from bedplate.runner.sampling_params import SamplingParams
     from bedplate.graph.runner import GraphRunner
     from bedplate.runner.model_runner import ModelRunner
+    from bedplate.runner.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 

@@ -37,8 +37,13 @@ class Rig:
         self.oracle.save_pretrained(folder)
         self.log = DecisionLog()
         self.config = EngineConfig(
-            model=str(folder), backend="cpu", dtype="float32", max_running_requests=8,
-            max_context_len=128, overlap=overlap, **settings,
+            model=str(folder),
+            backend="cpu",
+            dtype="float32",
+            max_running_requests=8,
+            max_context_len=128,
+            overlap=overlap,
+            **settings,
         )
         bound = open_backend(config=self.config, reference_ops=OPERATIONS, decisions=self.log)
         bound.attention_providers.register(reference_provider)
@@ -54,11 +59,15 @@ class Rig:
     def engine(self, **options):
         plan, runner = self.runner.plan, self.runner
         scheduler = Scheduler(
-            allocator=runner.allocator, req_to_token_pool=runner.req_to_token_pool,
-            page_size=plan.page_size, max_context_len=plan.max_context_len,
+            allocator=runner.allocator,
+            req_to_token_pool=runner.req_to_token_pool,
+            page_size=plan.page_size,
+            max_context_len=plan.max_context_len,
             max_running_requests=plan.max_running_requests,
             max_prefill_tokens=self.config.chunked_prefill_tokens,
-            prefix_cache=self.config.prefix_cache, overlap=plan.overlap, **options,
+            prefix_cache=self.config.prefix_cache,
+            overlap=plan.overlap,
+            **options,
         )
         return EngineCore(scheduler=scheduler, executor=ModelExecutor(runner, ()))
 
@@ -114,8 +123,13 @@ CONDITIONS = {
     "overlapped": ({"overlap": True}, {}),
     "memory of its own": ({"copied": True, "overlap": True}, {}),
     "all at once": (
-        {"copied": True, "overlap": True, "max_total_tokens": 112, "page_size": 8,
-         "chunked_prefill_tokens": 16},
+        {
+            "copied": True,
+            "overlap": True,
+            "max_total_tokens": 112,
+            "page_size": 8,
+            "chunked_prefill_tokens": 16,
+        },
         {"mixed": True},
     ),
 }
@@ -126,7 +140,10 @@ CONDITIONS = {
 def test_every_condition(condition, name, tmp_path):
     settings, options = condition
     if settings.get("attention") == "sdpa" and name in ("gemma2", "gpt_oss"):
-        settings = {**settings, "attention": None}  # it refuses soft-caps and sinks, tested there
+        settings = {
+            **settings,
+            "attention": None,
+        }  # it refuses soft-caps and sinks, tested there
     rig = Rig(tmp_path, name, **settings)
     core = rig.engine(**options)
     outputs = rig.check(core, rig.prompts())
@@ -166,14 +183,17 @@ def test_prompt_logprobs_are_the_oracles_across_chunks(tmp_path):
     core, done = rig.engine(), []
     prompt = rig.prompts((45,))[0]
     core.add_request(
-        prompt, SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=3, logprobs=2),
+        prompt,
+        SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=3, logprobs=2),
         sink=lambda delta: done.append(delta.output),
     )
     while not any(done):
         core.step()
     output = done[-1]
     with torch.no_grad():
-        logits = rig.oracle(torch.tensor([prompt + list(output.token_ids)]), use_cache=False).logits
+        logits = rig.oracle(
+            torch.tensor([prompt + list(output.token_ids)]), use_cache=False
+        ).logits
     logprobs = torch.log_softmax(logits[0].float(), -1)
     assert [entry.token_id for entry in output.prompt_logprobs] == prompt[1:]
     ours = torch.tensor([entry.logprob for entry in output.prompt_logprobs])

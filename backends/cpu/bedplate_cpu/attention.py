@@ -14,12 +14,12 @@ __all__ = ["NativeAttention", "SdpaAttention", "providers"]
 
 import ctypes
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bedplate.batch.forward_batch import ForwardBatch
 from bedplate.contract import (
     AttentionBackend,
     AttentionBuild,
@@ -30,6 +30,9 @@ from bedplate.contract import (
 )
 from bedplate.reference.attention import attend, store, visible
 from bedplate_cpu import native
+
+if TYPE_CHECKING:
+    from bedplate.batch.forward_batch import ForwardBatch
 
 _MAX_GROUP, _MAX_DIM = 64, 1024
 """Sizes of the native kernel's stack buffers."""
@@ -64,7 +67,11 @@ def providers() -> list[AttentionProvider]:
             build=NativeAttention,
         ),
         AttentionProvider(
-            name="sdpa", provider="cpu", priority=100, supports=_sdpa_supports, build=SdpaAttention
+            name="sdpa",
+            provider="cpu",
+            priority=100,
+            supports=_sdpa_supports,
+            build=SdpaAttention,
         ),
     ]
 
@@ -202,7 +209,8 @@ class SdpaAttention(AttentionBackend):
         q: Tensor,
         call: AttentionCallSpec,
         slots: Tensor,
-        fresh: tuple[Tensor, Tensor] | None, sinks: Tensor | None,
+        fresh: tuple[Tensor, Tensor] | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         if fresh is not None:
             keys, values = fresh
@@ -234,7 +242,10 @@ class _DecodeArgs(ctypes.Structure):
     """Mirror of ``DecodeArgs`` in decode_attention.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "table", "rows", "lens", "sinks")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "k", "v", "out", "table", "rows", "lens", "sinks")
+        ),
         *((name, ctypes.c_int64) for name in ("q_stride", "head_stride", "table_stride")),
         *(
             (name, ctypes.c_int32)
@@ -265,8 +276,14 @@ class NativeAttention(SdpaAttention):
             super().prepare(batch)
 
     def forward_decode(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec,
-        batch: ForwardBatch, *, sinks: Tensor | None = None,
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        call: AttentionCallSpec,
+        batch: ForwardBatch,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """One kernel call."""
         store(self._pool, k, v, call, batch)

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 __all__ = ["register", "rms_norm"]
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
 from torch.nn import functional
 
 from bedplate.contract import OpProvider, OpRegistry, OpRequest, Support
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ORDERS = ("weight_after_cast", "weight_fp32", "no_weight")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 __all__ = ["backend"]
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bedplate.contract import (
@@ -27,6 +26,8 @@ from bedplate.contract import (
 from bedplate_cpu import topology
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from bedplate.graph.runner import GraphRunner
 
 _SCORE = 50

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -32,13 +31,22 @@ CALLS = {
     "sinks": replace(PLAIN, sinks=True),
     "latent": replace(PLAIN, num_kv_heads=1, head_dim=24, value_dim=16, value_in_key=True),
 }
-LENGTHS = {"one": [1], "ragged": [3, 70, 1, 129, 20], "equal": [64, 64], "skewed": [300, 2, 2, 2]}
+LENGTHS = {
+    "one": [1],
+    "ragged": [3, 70, 1, 129, 20],
+    "equal": [64, 64],
+    "skewed": [300, 2, 2, 2],
+}
 
 
 def build(call, dtype, lengths):
     pages = LayeredKVPool(
         KVPoolRequest(
-            runtime=TorchRuntime("cpu"), calls=(call,), num_tokens=1024, page_size=1, dtype=dtype
+            runtime=TorchRuntime("cpu"),
+            calls=(call,),
+            num_tokens=1024,
+            page_size=1,
+            dtype=dtype,
         )
     )
     generator = torch.Generator().manual_seed(7)
@@ -58,8 +66,14 @@ def build(call, dtype, lengths):
         values[mine] = torch.randn((used, *values.shape[1:]), generator=generator).to(dtype)
     storage[0], values[0] = 0, 0
     return AttentionBuild(
-        runtime=TorchRuntime("cpu"), calls=(call,), kv_pool=pages, req_to_token=table,
-        page_size=1, dtype=dtype, max_batch_size=8, max_context_len=512,
+        runtime=TorchRuntime("cpu"),
+        calls=(call,),
+        kv_pool=pages,
+        req_to_token=table,
+        page_size=1,
+        dtype=dtype,
+        max_batch_size=8,
+        max_context_len=512,
     )
 
 
@@ -68,11 +82,16 @@ def batch_of(built, lengths, fresh):
     table = built.req_to_token
     lens = torch.tensor(lengths, dtype=torch.int32)
     new = torch.tensor(fresh, dtype=torch.int32)
-    loc = torch.cat([table[r + 1, n - f : n] for r, (n, f) in enumerate(zip(lengths, fresh))])
+    loc = torch.cat(
+        [table[r + 1, n - f : n] for r, (n, f) in enumerate(zip(lengths, fresh, strict=False))]
+    )
     decode = fresh == [1] * len(fresh)
     part = ExtendPart(
-        seq_lens=new, prefix_lens=lens - new, start_loc=(new.cumsum(0) - new).int(),
-        seq_lens_cpu=new, prefix_lens_cpu=lens - new,
+        seq_lens=new,
+        prefix_lens=lens - new,
+        start_loc=(new.cumsum(0) - new).int(),
+        seq_lens_cpu=new,
+        prefix_lens_cpu=lens - new,
     )
     return ForwardBatch(
         mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
@@ -80,7 +99,10 @@ def batch_of(built, lengths, fresh):
         input_ids=torch.zeros(len(loc), dtype=torch.int64),
         positions=torch.zeros(len(loc), dtype=torch.int64),
         req_pool_indices=torch.arange(1, len(lengths) + 1, dtype=torch.int32),
-        seq_lens=lens, seq_lens_cpu=lens, out_cache_loc=loc, extend=None if decode else part,
+        seq_lens=lens,
+        seq_lens_cpu=lens,
+        out_cache_loc=loc,
+        extend=None if decode else part,
     )
 
 
@@ -116,7 +138,8 @@ def test_equals_the_reference(provider, call, lengths, dtype, kind):
             torch.testing.assert_close(
                 run(provider.build, call, [70], [1], dtype),
                 run(ReferenceAttention, call, [70], [1], dtype),
-                atol=1e-5, rtol=1e-5,
+                atol=1e-5,
+                rtol=1e-5,
             )
         return
     fresh = {

@@ -32,7 +32,9 @@ def test_norms_round_as_the_reference_does_or_say_no(order, shape, dtype):
     request = OpRequest(op="rms_norm", dtype=str(dtype)[6:], attributes={"order": order})
     generator = torch.Generator().manual_seed(3)
     x = (torch.randn(shape, generator=generator) * 3).to(dtype)
-    weight = None if order == "no_weight" else torch.randn(shape[-1], generator=generator).to(dtype)
+    weight = (
+        None if order == "no_weight" else torch.randn(shape[-1], generator=generator).to(dtype)
+    )
     expected = OPERATIONS["rms_norm"](x, weight, 1e-6, order)
     if not provider.supports(request):
         # Honest the other way, too: what it refuses, it would get wrong.

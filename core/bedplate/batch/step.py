@@ -74,8 +74,11 @@ class PendingStep(Protocol):
 
 
 class StepExecutor(Protocol):
-    """Runs passes in order. ``launch`` may be called before the previous step was waited
-    for; input tokens marked ``token_on_device`` are then taken on the device."""
+    """Runs passes in order.
+
+    ``launch`` may be called before the previous step was waited for; input tokens marked
+    ``token_on_device`` are then taken on the device.
+    """
 
     @property
     def asynchronous(self) -> bool:

@@ -24,37 +24,79 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @click.option("-p", "--prompt", "prompts", multiple=True, help="A prompt; may be repeated.")
 @click.option(
-    "-f", "--prompt-file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    "-f",
+    "--prompt-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="One prompt a line; '-' is not needed: without prompts, standard input is read.",
 )
-@click.option("--chat/--no-chat", default=None, help="Wrap each prompt in the chat template. Default: if there is one.")
+@click.option(
+    "--chat/--no-chat",
+    default=None,
+    help="Wrap each prompt in the chat template. Default: if there is one.",
+)
 @click.option("--backend", help="auto, NAME, NAME:INDEX or an order of preference such as a,b.")
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Configuration file (TOML).")
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    help="Configuration file (TOML).",
+)
 @click.option("--tokenizer", help="Folder of the tokenizer, when not the model's.")
 @click.option("--dtype", help="auto, float32, bfloat16, …")
 @click.option("--kv-dtype", help="Storage of keys and values.")
-@click.option("--load-format", type=click.Choice(["auto", "safetensors", "dummy"]), help="dummy: random weights from config.json alone.")
+@click.option(
+    "--load-format",
+    type=click.Choice(["auto", "safetensors", "dummy"]),
+    help="dummy: random weights from config.json alone.",
+)
 @click.option("--attention", help="Attention implementation; see `bedplate explain`.")
-@click.option("--fusion", type=click.Choice(["off", "leaf"]), help="Merge layers after proof, or not.")
+@click.option(
+    "--fusion", type=click.Choice(["off", "leaf"]), help="Merge layers after proof, or not."
+)
 @click.option("--graphs/--no-graphs", default=None, help="Record and replay decode passes.")
 @click.option("--page-size", type=int, help="Tokens a page.")
 @click.option("--max-total-tokens", type=int, help="Tokens the cache holds.")
 @click.option("--max-context-len", type=int, help="Most tokens of one request.")
 @click.option("--max-running-requests", type=int, help="Most requests in a pass.")
-@click.option("--mem-fraction", type=float, help="Share of free memory for weights, graphs and cache.")
-@click.option("--prefix-cache/--no-prefix-cache", default=None, help="Keep prefixes that requests share.")
-@click.option("--trust-remote-code", is_flag=True, default=None, help="Allow code inside the checkpoint to run.")
-@click.option("-n", "--max-tokens", type=int, default=128, show_default=True, help="Most new tokens a prompt.")
+@click.option(
+    "--mem-fraction", type=float, help="Share of free memory for weights, graphs and cache."
+)
+@click.option(
+    "--prefix-cache/--no-prefix-cache", default=None, help="Keep prefixes that requests share."
+)
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    default=None,
+    help="Allow code inside the checkpoint to run.",
+)
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=int,
+    default=128,
+    show_default=True,
+    help="Most new tokens a prompt.",
+)
 @click.option("--min-tokens", type=int, default=0, help="No end before so many.")
-@click.option("-t", "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option(
+    "-t", "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."
+)
 @click.option("--top-k", type=int, default=0, help="0 is off.")
 @click.option("--top-p", type=float, default=1.0, help="1 is off.")
 @click.option("--min-p", type=float, default=0.0, help="0 is off.")
 @click.option("--seed", type=int, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
-@click.option("--logprobs", type=int, help="Report log-probabilities, and so many alternatives (JSON).")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt: prompt, text, token_ids, finish_reason, …")
+@click.option(
+    "--logprobs", type=int, help="Report log-probabilities, and so many alternatives (JSON)."
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON object per prompt: prompt, text, token_ids, finish_reason, …",
+)
 def command(**options: Any) -> None:
     """Generate text with MODEL, a local checkpoint folder.
 
@@ -99,8 +141,16 @@ def _params(options: dict[str, Any]) -> SamplingParams:
     from bedplate.runner.sampling_params import SamplingParams
 
     names = (
-        "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop",
-        "ignore_eos", "logprobs",
+        "max_tokens",
+        "min_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
+        "stop",
+        "ignore_eos",
+        "logprobs",
     )
     return SamplingParams(**{name: options.pop(name) for name in names})
 
@@ -115,6 +165,11 @@ def _open(options: dict[str, Any], path: Path | None, progress: Any) -> Engine:
 
 def _inputs(engine: Engine, prompts: list[str], chat: bool | None) -> list[str | list[int]]:
     tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise ConfigError(
+            "The model's folder has no tokenizer, so there is no text to read or write. Put "
+            "tokenizer.json there, or name a folder that has one with --tokenizer"
+        )
     if chat is None:
         chat = tokenizer.has_chat_template
     if not chat:

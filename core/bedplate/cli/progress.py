@@ -6,9 +6,11 @@ from __future__ import annotations
 __all__ = ["Progress", "show_progress"]
 
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Progress:

@@ -19,17 +19,17 @@ __all__ = [
 ]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from bedplate.contract.decisions import Support
-
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
 
     from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.contract.decisions import Support
     from bedplate.contract.memory import KVPool
     from bedplate.contract.runtime import DeviceRuntime
 
@@ -157,8 +157,14 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def forward_extend(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec,
-        batch: ForwardBatch, *, sinks: Tensor | None = None,
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        call: AttentionCallSpec,
+        batch: ForwardBatch,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Store new keys and values, then attend; several new tokens per request. Required.
 
@@ -176,8 +182,14 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def forward_decode(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec,
-        batch: ForwardBatch, *, sinks: Tensor | None = None,
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        call: AttentionCallSpec,
+        batch: ForwardBatch,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """As ``forward_extend`` with exactly one new token per request. Required.
 
@@ -185,8 +197,14 @@ class AttentionBackend(ABC):
         """
 
     def forward(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec,
-        batch: ForwardBatch, *, sinks: Tensor | None = None,
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        call: AttentionCallSpec,
+        batch: ForwardBatch,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Dispatch by mode; an idle batch yields an empty result. Not overridden."""
         if batch.mode.is_idle():

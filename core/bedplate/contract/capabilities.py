@@ -9,9 +9,11 @@ from __future__ import annotations
 
 __all__ = ["BackendCapabilities", "GraphCapabilities", "MemoryCapabilities"]
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DeterminismClass = Literal["none", "run_to_run", "batch_invariant"]
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 __all__ = ["CompileRequest", "GraphRunnerRequest"]
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from bedplate.batch.forward_batch import ForwardBatch
     from bedplate.batch.forward_mode import CaptureHiddenMode
     from bedplate.contract.attention import AttentionBackend

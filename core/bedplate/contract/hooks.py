@@ -14,12 +14,13 @@ from __future__ import annotations
 
 __all__ = ["PROJECT", "BedplateHooks", "hookimpl", "hookspec"]
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from bedplate.contract.attention import AttentionProvider
     from bedplate.contract.capabilities import BackendCapabilities
     from bedplate.contract.decisions import Decision
@@ -127,8 +128,10 @@ class BedplateHooks:
 
     @hookspec
     def bedplate_step_finished(self, stats: StepStats) -> None:
-        """A step's tokens reached the host. Every loaded plugin; bound at sealing and then
-        called directly, once per step: be quick."""
+        """A step's tokens reached the host. Every loaded plugin.
+
+        Bound at sealing and then called directly, once per step: be quick.
+        """
 
     @hookspec
     def bedplate_shutdown(self) -> None:

@@ -16,11 +16,13 @@ __all__ = [
     "ReportItem",
 ]
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bedplate.contract.version import ApiRange
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PluginKind = Literal["backend", "kernels", "plugin"]
 
@@ -45,7 +47,7 @@ class BackendManifest:
     name: str
     kind: PluginKind = "backend"
     summary: str = ""
-    api: ApiRange = ApiRange()
+    api: ApiRange = field(default_factory=ApiRange)
     targets: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     remedy: str = ""

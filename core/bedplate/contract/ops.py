@@ -11,12 +11,15 @@ from __future__ import annotations
 __all__ = ["OpProvider", "OpRegistry", "OpRequest"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from bedplate.contract.capabilities import DeterminismClass
 from bedplate.contract.decisions import Support
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from bedplate.contract.capabilities import DeterminismClass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +71,11 @@ class OpRegistry(ABC):
 
     @abstractmethod
     def register(self, provider: OpProvider) -> None:
-        """Add one implementation; an unknown operation or a second one by the same
-        provider is refused with the known names."""
+        """Add one implementation.
+
+        An unknown operation, or a second implementation by the same provider, is refused
+        with the known names.
+        """
 
     @abstractmethod
     def choose(self, request: OpRequest) -> OpProvider:

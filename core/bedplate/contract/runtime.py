@@ -10,11 +10,11 @@ from __future__ import annotations
 __all__ = ["ActivateRequest", "DeviceRuntime", "Event", "MemoryStatus"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
     import torch

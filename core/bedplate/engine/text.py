@@ -95,8 +95,8 @@ class Tokenizer:
         """
         if not self.has_chat_template:
             raise ConfigError(
-                f"The tokenizer in {self._folder} has no chat template. Pass a plain prompt, or "
-                "add chat_template to tokenizer_config.json"
+                f"The tokenizer in {self._folder} has no chat template. Pass a plain prompt, "
+                "or add chat_template to tokenizer_config.json"
             )
         text: str = self._inner.apply_chat_template(
             list(messages),
@@ -126,7 +126,11 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
@@ -198,4 +202,3 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:size]):
             return size
     return 0
-

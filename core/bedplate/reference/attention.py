@@ -11,10 +11,11 @@ from __future__ import annotations
 
 __all__ = ["ReferenceAttention", "reference_provider", "store", "visible"]
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from bedplate.batch.forward_batch import ForwardBatch
 from bedplate.contract.attention import (
     AttentionBackend,
     AttentionBuild,
@@ -22,7 +23,10 @@ from bedplate.contract.attention import (
     AttentionProvider,
 )
 from bedplate.contract.decisions import Support
-from bedplate.contract.memory import KVPool
+
+if TYPE_CHECKING:
+    from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.contract.memory import KVPool
 
 
 def visible(query_pos: Tensor, key_pos: Tensor, call: AttentionCallSpec) -> Tensor:
@@ -56,7 +60,11 @@ def attend(
 
 
 def store(
-    pool: KVPool, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec, batch: ForwardBatch
+    pool: KVPool,
+    k: Tensor | None,
+    v: Tensor | None,
+    call: AttentionCallSpec,
+    batch: ForwardBatch,
 ) -> None:
     """Write the new keys and values of one call, if it stores any."""
     if k is not None and call.alias_of is None:
@@ -74,8 +82,14 @@ class ReferenceAttention(AttentionBackend):
         """Nothing to prepare."""
 
     def forward_extend(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec,
-        batch: ForwardBatch, *, sinks: Tensor | None = None,
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        call: AttentionCallSpec,
+        batch: ForwardBatch,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Store, then attend request by request."""
         store(self._pool, k, v, call, batch)
@@ -92,7 +106,11 @@ class ReferenceAttention(AttentionBackend):
     forward_decode = forward_extend
 
     def _request(
-        self, q: Tensor, call: AttentionCallSpec, batch: ForwardBatch, request: int,
+        self,
+        q: Tensor,
+        call: AttentionCallSpec,
+        batch: ForwardBatch,
+        request: int,
         sinks: Tensor | None,
     ) -> Tensor:
         length = int(batch.seq_lens_cpu[request])

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 __all__ = ["OPERATIONS", "RMS_NORM_ORDERS", "linear", "rms_norm"]
 
-from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 RMS_NORM_ORDERS = ("weight_after_cast", "one_plus_weight_fp32", "weight_fp32", "no_weight")
 """How a norm rounds: the weight after the cast to the input's dtype; ``1 + weight`` in

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 __all__ = ["TorchRuntime"]
 
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import Tensor
 
 from bedplate.contract.runtime import DeviceRuntime, Event, MemoryStatus
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 _ALIGNMENT_BYTES = 64
 

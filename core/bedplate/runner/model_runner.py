@@ -12,7 +12,6 @@ __all__ = ["ModelRunner"]
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +43,8 @@ from bedplate.runner.loading import load_ready
 from bedplate.runner.pool_size import MemoryBudget, choose_pool_size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bedplate.batch.forward_batch import ForwardBatch
     from bedplate.config import EngineConfig
     from bedplate.contract.memory import KVPool, TokenToKVPoolAllocator
@@ -112,8 +113,10 @@ class ModelRunner:
         self._provider: AttentionProvider | None = None
 
     def stages(self) -> tuple[tuple[str, Callable[[], None]], ...]:
-        """The start-up, in order. Graphs are measured before the cache is sized: what they
-        need is then taken out of the cache's share instead of failing later.
+        """The start-up, in order.
+
+        Graphs are measured before the cache is sized: what they need is then taken out of
+        the cache's share instead of failing later.
         """
         return (
             ("load_model", self.load_model),
@@ -361,9 +364,7 @@ class ModelRunner:
         self.allocator = self.bound.make_allocator(slots) or make_allocator(slots)
 
     def _capture_sizes(self) -> tuple[int, ...]:
-        return capture_sizes(
-            self.plan.max_running_requests, sizes=self.config.capture_sizes
-        )
+        return capture_sizes(self.plan.max_running_requests, sizes=self.config.capture_sizes)
 
     def _make_graph_runner(self, sizes: tuple[int, ...]) -> GraphRunner | None:
         memory = self.bound.capabilities.memory

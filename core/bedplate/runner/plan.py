@@ -90,7 +90,9 @@ def resolve_plan(
     )
 
 
-def _decide(point: str, chosen: object, reason: str, others: Iterable[Candidate] = ()) -> Decision:
+def _decide(
+    point: str, chosen: object, reason: str, others: Iterable[Candidate] = ()
+) -> Decision:
     taken = Candidate(name=str(chosen), verdict="chosen", reason=reason)
     return Decision(point=point, chosen=str(chosen), candidates=(taken, *others))
 
@@ -115,7 +117,9 @@ def _dtype(given: str, capabilities: BackendCapabilities, model: ModelFacts) -> 
     if wanted == best:
         return _decide("dtype", wanted, "the checkpoint's, and native here")
     refused = Candidate(
-        name=str(wanted), verdict="refused", reason=f"the checkpoint's, but slower than {best} here"
+        name=str(wanted),
+        verdict="refused",
+        reason=f"the checkpoint's, but slower than {best} here",
     )
     if wanted not in allowed or best == "float32":
         return _decide("dtype", best, "loses nothing of the checkpoint's range", [refused])
@@ -166,7 +170,7 @@ def _graphs(given: bool | None, capabilities: BackendCapabilities) -> Decision:
     graph = capabilities.graph
     if given and not graph.supported:
         raise ConfigError(
-            "Graphs were asked for, but the backend offers no graph runner. Run without --graphs"
+            "Graphs were asked for, but the backend has no graph runner. Run without --graphs"
         )
     if given is not None:
         return _decide("graph", "on" if given else "off", "given")

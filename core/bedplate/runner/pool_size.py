@@ -94,9 +94,9 @@ def _require(budget: MemoryBudget, fitting: int, wanted: int, cell: int) -> None
     if fitting >= wanted:
         return
     raise DeviceMemoryError(
-        f"The cache needs {wanted:,} tokens of {cell:,} bytes ({wanted * cell / _GIB:.2f} GiB), "
-        f"but {max(0, fitting):,} fit: {budget.free_bytes / _GIB:.2f} GiB are free, graphs take "
-        f"{budget.graph_bytes / _GIB:.2f}, and {1 - budget.mem_fraction:.0%} of "
+        f"The cache needs {wanted:,} tokens of {cell:,} bytes ({wanted * cell / _GIB:.2f} "
+        f"GiB), but {max(0, fitting):,} fit: {budget.free_bytes / _GIB:.2f} GiB are free, "
+        f"graphs take {budget.graph_bytes / _GIB:.2f}, and {1 - budget.mem_fraction:.0%} of "
         f"{budget.free_before_load_bytes / _GIB:.2f} GiB is kept back. Raise --mem-fraction, "
         "lower --max-total-tokens, or take --kv-dtype of fewer bytes",
         asked=wanted * cell,

@@ -130,8 +130,10 @@ class Sampler:
         return sample_filtered(logits, *self._draw(rows, lengths), params)
 
     def _draw(self, rows: Int32Array, lengths: Int32Array) -> tuple[Tensor, Tensor]:
-        """Temperatures, and one uniform number each: the new token's position is the length
-        before it joins."""
+        """Temperatures, and one uniform number each.
+
+        The new token's position is the length before it joins.
+        """
         u = uniform(self._seed[rows], lengths.astype(np.int64))
         return self._send(self._temperature[rows]), self._send(u)
 

@@ -47,6 +47,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        # One text, or a list as it comes out of JSON, is as clear as a tuple.
+        stop: object = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         checks = (
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             ("min_tokens", self.min_tokens >= 0, "0 or more"),
@@ -55,7 +59,7 @@ class SamplingParams:
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2^63 − 1"),
-            ("stop", isinstance(self.stop, tuple) and all(self.stop), "non-empty texts"),
+            ("stop", all(self.stop), "non-empty texts"),
             ("logprobs", _count(self.logprobs), "between 0 and 64"),
             ("prompt_logprobs", _count(self.prompt_logprobs), "between 0 and 64"),
         )

@@ -53,7 +53,9 @@ def test_filters_keep_the_most_likely_tokens(settings_, kept):
 
 
 @given(
-    top_k=st.integers(1, 40), top_p=st.floats(0.05, 1.0), min_p=st.floats(0.0, 0.9),
+    top_k=st.integers(1, 40),
+    top_p=st.floats(0.05, 1.0),
+    min_p=st.floats(0.0, 0.9),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=40, deadline=None)
@@ -137,8 +139,11 @@ def decode(rows, lengths):
     size = len(rows)
     zeros = np.zeros(size, np.int64)
     return ScheduleBatch(
-        mode=ForwardMode.DECODE, req_pool_indices=np.array(rows, np.int32),
-        seq_lens=np.array(lengths, np.int32), input_ids=zeros, positions=zeros,
+        mode=ForwardMode.DECODE,
+        req_pool_indices=np.array(rows, np.int32),
+        seq_lens=np.array(lengths, np.int32),
+        input_ids=zeros,
+        positions=zeros,
         out_cache_loc=np.ones(size, np.int32),
     )
 
@@ -164,11 +169,14 @@ def test_a_requests_token_does_not_depend_on_the_rest_of_the_batch():
     rows, lengths = [1, 2, 3, 4], [9, 5, 30, 7]
     together = made.sample(logits, decode(rows, lengths), np.arange(4))
     for i in range(4):
-        alone = made.sample(logits[i : i + 1], decode(rows[i : i + 1], lengths[i : i + 1]), np.arange(1))
+        alone = made.sample(
+            logits[i : i + 1], decode(rows[i : i + 1], lengths[i : i + 1]), np.arange(1)
+        )
         assert alone.item() == together[i].item()
     swapped = [3, 0, 2, 1]
     again = made.sample(
-        logits[swapped], decode([rows[i] for i in swapped], [lengths[i] for i in swapped]),
+        logits[swapped],
+        decode([rows[i] for i in swapped], [lengths[i] for i in swapped]),
         np.arange(4),
     )
     assert again.tolist() == together[swapped].tolist()
@@ -178,7 +186,9 @@ def test_end_tokens_are_impossible_before_min_tokens():
     logits = torch.zeros(1, 5)
     logits[0, 3], logits[0, 2] = 9.0, 8.0
     made = sampler(r1=SamplingParams(min_tokens=2, stop_token_ids=(2,)))
-    chosen = [made.sample(logits, decode([1], [length]), np.arange(1)).item() for length in (4, 5, 6)]
+    chosen = [
+        made.sample(logits, decode([1], [length]), np.arange(1)).item() for length in (4, 5, 6)
+    ]
     assert chosen[0] not in (2, 3)
     assert chosen[1] not in (2, 3)
     assert chosen[2] == 3
@@ -196,12 +206,27 @@ def test_a_row_forgets_its_previous_request():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_tokens": 0}, {"min_tokens": -1}, {"temperature": -0.1}, {"temperature": 101},
-        {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"seed": -1},
-        {"stop": ("",)}, {"logprobs": 65}, {"prompt_logprobs": -1},
+        {"max_tokens": 0},
+        {"min_tokens": -1},
+        {"temperature": -0.1},
+        {"temperature": 101},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"seed": -1},
+        {"stop": ("",)},
+        {"logprobs": 65},
+        {"prompt_logprobs": -1},
         {"min_tokens": 5, "max_tokens": 4},
     ],
 )
 def test_wrong_settings_are_refused_with_their_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize("given_", ["END", ["END"], ("END",)], ids=["text", "list", "tuple"])
+def test_stop_takes_one_text_or_several(given_):
+    assert SamplingParams(stop=given_).stop == ("END",)
+    assert SamplingParams(stop_token_ids=[4]).stop_token_ids == (4,)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one staging copy: what arrives equals what the scheduler wrote, on both kinds of memory."""
+"""The one staging copy: what arrives equals what the scheduler wrote."""
 
 from __future__ import annotations
 
@@ -35,12 +35,18 @@ def batches(draw):
     fresh = [1] * size if decode else fresh
     lens = np.array(prefix, np.int32) + np.array(fresh, np.int32)
     tokens = sum(fresh)
-    positions = np.concatenate([np.arange(p, p + f) for p, f in zip(prefix, fresh)])
-    ids = np.array(draw(st.lists(st.integers(0, 99), min_size=tokens, max_size=tokens)), np.int64)
+    positions = np.concatenate(
+        [np.arange(p, p + f) for p, f in zip(prefix, fresh, strict=False)]
+    )
+    ids = np.array(
+        draw(st.lists(st.integers(0, 99), min_size=tokens, max_size=tokens)), np.int64
+    )
     return ScheduleBatch(
         mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
         req_pool_indices=np.arange(1, size + 1, dtype=np.int32),
-        seq_lens=lens, input_ids=ids, positions=positions.astype(np.int64),
+        seq_lens=lens,
+        input_ids=ids,
+        positions=positions.astype(np.int64),
         out_cache_loc=np.arange(1, tokens + 1, dtype=np.int32),
         extend_seq_lens=None if decode else np.array(fresh, np.int32),
         extend_prefix_lens=None if decode else np.array(prefix, np.int32),
@@ -73,7 +79,8 @@ def test_copied_and_shared_memory_give_the_same_batch(batch, index_dtype):
 def test_the_devices_table_learns_new_tokens_and_cached_prefixes(batch):
     made, table = staging(False)
     cached = TableUpdate(
-        rows=np.array([1], np.int32), columns=np.array([WIDTH - 1], np.int32),
+        rows=np.array([1], np.int32),
+        columns=np.array([WIDTH - 1], np.int32),
         slots=np.array([77], np.int32),
     )
     from dataclasses import replace
@@ -91,9 +98,12 @@ def test_a_batch_stays_intact_while_the_next_is_packed():
     made, _ = staging(False, capacity=64)
     size = 40
     make = lambda value: ScheduleBatch(  # noqa: E731
-        mode=ForwardMode.DECODE, req_pool_indices=np.full(size, 1, np.int32),
-        seq_lens=np.full(size, 2, np.int32), input_ids=np.full(size, value, np.int64),
-        positions=np.full(size, 1, np.int64), out_cache_loc=np.full(size, 3, np.int32),
+        mode=ForwardMode.DECODE,
+        req_pool_indices=np.full(size, 1, np.int32),
+        seq_lens=np.full(size, 2, np.int32),
+        input_ids=np.full(size, value, np.int64),
+        positions=np.full(size, 1, np.int64),
+        out_cache_loc=np.full(size, 3, np.int32),
     )
     first = made.stage(make(5), None)
     second = made.stage(make(6), None)
@@ -105,8 +115,12 @@ def test_an_extend_batch_without_lengths_is_our_mistake_and_says_so():
     made, _ = staging(True)
     one = np.ones(1, np.int32)
     wrong = ScheduleBatch(
-        mode=ForwardMode.EXTEND, req_pool_indices=one, seq_lens=one,
-        input_ids=one.astype(np.int64), positions=one.astype(np.int64), out_cache_loc=one,
+        mode=ForwardMode.EXTEND,
+        req_pool_indices=one,
+        seq_lens=one,
+        input_ids=one.astype(np.int64),
+        positions=one.astype(np.int64),
+        out_cache_loc=one,
     )
     with pytest.raises(InternalError, match="EXTEND"):
         made.stage(wrong, None)

@@ -55,7 +55,9 @@ def load() -> Kernels:
 
 
 def _build(compiler: str) -> Path:
-    key = "\0".join((_SOURCE.read_text(), *_FLAGS, compiler, platform.processor(), _processor()))
+    key = "\0".join(
+        (_SOURCE.read_text(), *_FLAGS, compiler, platform.processor(), _processor())
+    )
     folder = _cache_folder()
     target = folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if target.exists():
