@@ -113,7 +113,8 @@ def commands() -> str:
     """Help of every command."""
 
     def shown(command: click.Command, name: str) -> str:
-        with click.Context(command, info_name=name, terminal_width=88) as context:
+        settings = {**cli.context_settings, "terminal_width": 88}
+        with click.Context(command, info_name=name, **settings) as context:
             text = re.sub(r"(?m)[ \t]+$", "", command.get_help(context))
         return f"### `{name}`\n\n```text\n{text}\n```"
 

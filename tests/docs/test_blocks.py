@@ -3,7 +3,7 @@
 
 Blocks of one page share their names, in order, as a reader would type them.  In a ``console``
 block ``…`` stands for anything, on a line or instead of lines.  Blocks that only a shell can
-run are marked ``sh`` and are not run here.
+run are marked ``sh`` and are not run here, nor is what stands in the READMEs of folders.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from bedplate.errors import BedplateError
 from tests.docs.blocks import PAGES, ROOT, blocks
 
 PYTHON = [page for page in PAGES if blocks(page, "python")]
-CONSOLE = [page for page in PAGES if blocks(page, "console")]
+CONSOLE = [
+    page
+    for page in PAGES
+    if blocks(page, "console") and (page.parent == ROOT or ROOT / "docs" in page.parents)
+]
 
 
 def name(page):
