@@ -35,6 +35,7 @@ from tqdm import tqdm  # noqa: E402
 
 from bedplate.errors import UnsupportedModelError  # noqa: E402
 from bedplate.models import transformers_api as hf  # noqa: E402
+from bedplate.models.hollow import hollow_model  # noqa: E402
 from bedplate.models.probe import probe  # noqa: E402
 from bedplate.testing import tiny_models  # noqa: E402
 
@@ -80,6 +81,7 @@ def try_class(name):
     except Exception as error:
         return row | {"verdict": "untried", "reason": f"transformers' own forward: {error}"}
     row |= {"error": worst, "spread": spread, "calls": len(spec.calls)}
+    row["unseen"] = _unseen_modules(model_class, config_class, module)
     row["windows"] = sorted({call.window or call.chunk or 0 for call in spec.calls})
     if not worst <= TOLERANCE * max(1.0, spread):
         return row | {"verdict": "wrong", "reason": f"logits differ by {worst:.2g}"}
@@ -105,6 +107,16 @@ def _probe_full_size(model_class, config_class):
     except Exception as error:
         return f"failed: {type(error).__name__}: {error}"
     return f"{len(spec.calls)} calls in {time.perf_counter() - started:.1f} s"
+
+
+def _unseen_modules(model_class, config_class, tiny):
+    """Kinds of modules that the full-size default has and the tiny model lacks."""
+    try:
+        full = hollow_model(model_class, config_class())
+    except Exception:  # not every default configuration can be built
+        return []
+    kinds = [{type(module).__name__ for module in model.modules()} for model in (full, tiny)]
+    return sorted(kinds[0] - kinds[1])
 
 
 def _work(name, pipe):
@@ -141,6 +153,8 @@ def write_table(rows, path):
         "every causal-LM class, a tiny random model of each against transformers' own eager",
         "attention (float32; ragged and chunked prefill, prefix hit, preemption, decode).",
         "",
+        "*Not tried* lists module kinds of the full-size default that the tiny model lacks.",
+        "",
         "| verdict | classes | meaning |",
         "|---|---|---|",
         *(f"| {verdict} | {counts[verdict]} | {text} |" for verdict, text in VERDICTS.items()),
@@ -156,12 +170,13 @@ def write_table(rows, path):
 
 def _section(verdict, names, rows):
     if verdict in ("certified", "works"):
-        yield "| class | attention calls | window or chunk tried | largest logit error |"
+        yield "| class | window or chunk tried | largest logit error | not tried |"
         yield "|---|---|---|---|"
         for name in names:
             row = rows[name]
             windows = ", ".join(str(w) for w in row["windows"] if w) or "none"
-            yield f"| `{name}` | {row['calls']} | {windows} | {row['error']:.1e} |"
+            unseen = ", ".join(f"`{kind}`" for kind in row.get("unseen", ()))
+            yield f"| `{name}` | {windows} | {row['error']:.1e} | {unseen} |"
         return
     yield "| class | reason |"
     yield "|---|---|"

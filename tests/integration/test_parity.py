@@ -6,10 +6,18 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import transformers
 from tests.integration.parity.story import run_story
 
 from bedplate.models.probe import probe
-from bedplate.testing.tiny_models import FAMILIES, WINDOW_TOKENS, family, tiny_model
+from bedplate.testing.tiny_models import (
+    FAMILIES,
+    SWEEP_OVERRIDES,
+    WINDOW_TOKENS,
+    family,
+    tiny_config,
+    tiny_model,
+)
 
 # Upstream quirk (transformers 5.17): some modeling files use torch.jit.script when imported.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
@@ -40,6 +48,18 @@ def test_family_has_the_oracles_logits_and_tokens(name):
     if name in WINDOWED:
         assert any((c.window or c.chunk) == WINDOW_TOKENS for c in spec.calls)
     assert (name in LATENT) == all(c.value_in_key for c in spec.calls)
+
+
+@pytest.mark.parametrize("name", ["Bart", "Roberta", "DiffLlama", "Gemma3n"])
+def test_classes_with_seams_of_their_own(name):
+    """Own count of positions, an offset, two calls in a module, two caches per layer type."""
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    config_class = model_class.config_class
+    overrides = SWEEP_OVERRIDES.get(config_class.model_type)
+    config = tiny_config(config_class, overrides)
+    spec = probe(model_class, config)
+    rig, sequences = run_story(tiny_model(model_class, config), spec, vocab_size=160)
+    assert rig.check(*sequences) <= 1e-4
 
 
 def test_both_lists_are_whole():

@@ -20,6 +20,7 @@ from bedplate.errors import ContractError, RequestTooLongError
 from bedplate.models import latent
 from bedplate.models import transformers_api as hf
 from bedplate.models.bridge import AttentionBridge, StepContext
+from bedplate.models.position_seam import PositionSeam
 from bedplate.models.rope_limit import freeze_ropes
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class HFModel:
             if path in paths:
                 latent.keep_latent(expansion)
         freeze_ropes(module)
+        self._seam = PositionSeam(module, spec.position_modules)
         self._bridge = AttentionBridge(module, spec.calls, check=check)
 
     def bind_attention(self, attention: AttentionBackend) -> None:
@@ -64,13 +66,12 @@ class HFModel:
         """Run one pass; ``attention.prepare(batch)`` has been called.
 
         Reads the host only for the length limit; neither synchronises nor changes shape, so
-        it can be recorded.
+        it can be recorded.  A batch without tokens is answered without the module, which
+        cannot run it.
 
         Args:
             batch: The pass.
             input_embeds: ``[T, C]`` instead of the embeddings of ``batch.input_ids``.
-
-        A batch without tokens is answered without running the module, which could not.
 
         Returns:
             Logits ``[R, V]`` of ``batch.logits_rows`` in the model's dtype, and the states
@@ -117,7 +118,10 @@ class HFModel:
         positions = batch.positions
         if self.spec.position_offset:
             positions = positions + self.spec.position_offset
-        arguments["position_ids"] = positions[None]
+        if self.spec.position_modules:
+            self._seam.positions = positions
+        else:
+            arguments["position_ids"] = positions[None]
         if rows is not None:
             arguments["logits_to_keep"] = rows
         if batch.capture_hidden is CaptureHiddenMode.NULL:

@@ -23,9 +23,10 @@ from bedplate.models import latent
 from bedplate.models import transformers_api as hf
 from bedplate.models.hollow import HollowProducts
 from bedplate.models.mask_probe import MaskFacts, MaskFunction, UnreadableMaskError, ask_mask
+from bedplate.models.position_seam import PositionSeam
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 NUM_TOKENS = 5
 INPUT_IDS = (3, 5, 4, 7, 6)
@@ -77,13 +78,15 @@ class Observation:
 
 @torch.no_grad()
 def observe(
-    model: Any, *, positions: range | None, masked: bool = False, taint: int | None = None
+    model: Any, *, positions: range | None, masked: bool = False, taint: int | None = None,
+    seam: Sequence[str] = (),
 ) -> Observation:
     """Run one forward of ``model`` as the adapter would, and watch.
 
     Args:
         model: A hollow causal language model. Its configurations must be its own.
         positions: Position of each token; ``None`` lets the model count.
+        seam: Modules that receive the positions, where the forward takes none.
         masked: Let the model build masks, and ask their closures.
         taint: Make the embedding of this token NaN and see where it gets.
     """
@@ -94,9 +97,15 @@ def observe(
         if masked:
             stack.enter_context(hf.registered_mask(_NAME, watcher.make_mask))
         hf.set_attention(model, _NAME)
+        given = {}
+        if positions is not None and seam:
+            replaced = PositionSeam(model, seam)
+            replaced.positions = torch.tensor(positions)
+            stack.callback(replaced.remove)
+        elif positions is not None:
+            given = {"position_ids": torch.tensor([list(positions)])}
         stack.enter_context(_hooks(model, seen, taint=taint))
         stack.enter_context(HollowProducts())
-        given = {} if positions is None else {"position_ids": torch.tensor([list(positions)])}
         out = model(input_ids=torch.tensor([INPUT_IDS]), use_cache=False, **given)
     spoiled = out.logits.reshape(NUM_TOKENS, -1).isnan().any(-1)
     seen.reached = tuple(spoiled.nonzero()[:, 0].tolist())

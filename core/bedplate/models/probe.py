@@ -23,6 +23,7 @@ from bedplate.models import transformers_api as hf
 from bedplate.models.hollow import hollow_model
 from bedplate.models.mask_probe import MaskFacts
 from bedplate.models.observation import NUM_TOKENS, observe
+from bedplate.models.position_seam import counting_modules
 from bedplate.models.rope_limit import rope_limit
 from bedplate.models.spec import ModelSpec
 
@@ -72,22 +73,20 @@ def probe(model_class: Callable[[Any], nn.Module], config: Any) -> ModelSpec:
 
 
 def _probe(name: str, model_class: Callable[[Any], nn.Module], config: Any) -> ModelSpec:
-    if getattr(config, "is_encoder_decoder", False):
-        raise _refusal(name, "it has an encoder, and cross-attention is not served")
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     model: Any = hollow_model(model_class, config)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise _refusal(name, "it has an encoder, and cross-attention is not served")
     hf.set_experts(model, "eager")
-    if not hf.takes_argument(model, "position_ids", passed_on=True):
-        raise _refusal(name, "its forward takes no position_ids, so requests of different "
-                             "lengths cannot share a batch")
     expansions = latent.latent_modules(model)
     for module in expansions.values():
         latent.keep_latent(module)
 
-    masked = observe(model, positions=range(NUM_TOKENS), masked=True)
-    plain = observe(model, positions=range(SHIFT, SHIFT + NUM_TOKENS), taint=FIRST_TAINT)
-    counting = observe(model, positions=None, taint=SECOND_TAINT)
+    counting = observe(model, positions=None, masked=True, taint=SECOND_TAINT)
+    seam = _seam(name, model, counting)
+    masked = observe(model, positions=range(NUM_TOKENS), masked=True, seam=seam)
+    plain = _observe_plain(name, model, seam)
     _check_paths(name, masked, plain, counting)
     calls = _describe(name, masked.calls, plain.calls)
     _check_absorption(name, expansions, calls, plain)
@@ -96,6 +95,7 @@ def _probe(name: str, model_class: Callable[[Any], nn.Module], config: Any) -> M
         architecture=name,
         calls=calls,
         hidden_size=plain.hidden_size,
+        position_modules=seam,
         position_offset=_position_offset(name, plain, counting),
         takes_logits_to_keep=hf.takes_argument(model, "logits_to_keep"),
         evidence=_evidence(masked.calls),
@@ -138,6 +138,29 @@ def _some(value: int | None) -> tuple[int, ...]:
 
 
 # Judging what was seen.
+
+
+def _seam(name: str, model: Any, counting: Observation) -> tuple[str, ...]:
+    """Where positions must be replaced; nowhere if the model takes them."""
+    if hf.takes_argument(model, "position_ids", passed_on=True):
+        return ()
+    modules = counting_modules(counting.positions)
+    if not modules:
+        raise _refusal(name, "its forward takes no position_ids, so requests of different "
+                             "lengths cannot share a batch")
+    return modules
+
+
+def _observe_plain(name: str, model: Any, seam: tuple[str, ...]) -> Observation:
+    """The model as it will run: positions given, and no mask."""
+    positions = range(SHIFT, SHIFT + NUM_TOKENS)
+    try:
+        return observe(model, positions=positions, taint=FIRST_TAINT, seam=seam)
+    except Exception as error:
+        raise _refusal(
+            name, "it works with its mask itself, as sparse or biased attention does "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def _check_paths(

@@ -33,6 +33,8 @@ class ModelSpec:
         tied_embeddings: Input and output embeddings share their storage.
         dtype: Name of the dtype the checkpoint declares; empty where it does not.
         position_offset: What the model adds to positions when it counts them itself.
+        position_modules: Modules whose keyword ``position_ids`` is the model's own count and
+            has to be replaced; empty where the forward takes positions.
         takes_logits_to_keep: The forward can compute the logits of chosen rows alone.
         evidence: Sentences that say how facts were learned where it was not plain sight.
         limits: Sentences that say what is refused, and why.
@@ -49,6 +51,7 @@ class ModelSpec:
     tied_embeddings: bool = False
     dtype: str = ""
     position_offset: int = 0
+    position_modules: tuple[str, ...] = ()
     takes_logits_to_keep: bool = True
     evidence: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()

@@ -62,9 +62,8 @@ def causal_lm_classes() -> list[tuple[type[PreTrainedConfig], type[PreTrainedMod
     for config_class, model_class in MODEL_FOR_CAUSAL_LM_MAPPING.items():
         classes = model_class if isinstance(model_class, tuple | list) else (model_class,)
         for each in classes:
-            # Several configs may share a class; its own declaration is the canonical one.
-            if each not in pairs or each.config_class is config_class:
-                pairs[each] = config_class
+            # Composite configurations map to their decoder's class too; its own word counts.
+            pairs[each] = each.config_class or config_class
     return sorted(((c, m) for m, c in pairs.items()), key=lambda pair: pair[1].__name__)
 
 

@@ -41,7 +41,12 @@ TINY_SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4),
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "d_ff", "ffn_dim"), 96),
     **dict.fromkeys(("n_inner", "ffn_hidden_size", "feed_forward_proj_dim"), 96),
+    **dict.fromkeys(("decoder_layers", "num_decoder_layers"), 4),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim"), 96),
+    "encoder_layers": 1,
     # Heads.
+    **dict.fromkeys(("decoder_attention_heads", "num_decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "num_encoder_attention_heads"), 4),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "d_kv"), 16),
@@ -119,7 +124,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 
 SWEEP_OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
     },
     "dots1": {"n_shared_experts": 1},
@@ -128,6 +133,10 @@ SWEEP_OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE,
         "activation_sparsity_pattern": (0.0,) * 4,
     },
+    # Their defaults have none of the layers that real checkpoints have.
+    "lfm2": {"layer_types": ("conv", "full_attention") * 2},
+    "lfm2_moe": {"layer_types": ("conv", "full_attention") * 2},
+    "minimax_m3_vl_text": {"layer_types": ("full_attention", "minimax_m3_sparse") * 2},
 }  # fmt: skip
 """What other families need for the sweep over all classes."""
 

@@ -98,6 +98,14 @@ def test_an_offset_of_learned_positions_is_found():
     assert probe(transformers.RobertaForCausalLM, config).position_offset == 2
 
 
+def test_a_decoder_that_counts_itself_has_a_seam():
+    config = tiny_models.tiny_config(transformers.BartConfig)
+    spec = probe(transformers.BartForCausalLM, config)
+    assert spec.position_modules == ("model.decoder.embed_positions",)
+    assert spec.position_offset == 0
+    assert probe(*tiny("llama")).position_modules == ()
+
+
 def test_rope_that_looks_at_the_batch_limits_the_length():
     factors = [1.0] * 8
     rope = {
@@ -192,6 +200,7 @@ def test_variants_of_llama_are_refused(variant, word):
          "outside attention"),
         ("Qwen3Next", {}, "outside attention"),  # linear attention beside the real one
         ("Bloom", {}, "position_ids"),
+        ("DeepseekV32", {}, "works with its mask itself"),  # its indexer adds scores to it
         ("GPTJ", {"rotary_dim": 8}, "never calls the attention interface"),
         ("DeepseekV4", {}, "outside attention"),  # compressed keys
     ],
