@@ -238,8 +238,6 @@ class EngineCore:
         """Tell the executor about requests that got a row; returns those it refused."""
         refused = []
         for request in self._scheduler.admitted:
-            if not request.row:
-                continue  # it had to give way within the same plan
             try:
                 self._executor.set_request(request.row, request.params, request.prompt_len)
             except Exception as error:  # whatever it is, it is this request's alone

@@ -69,6 +69,7 @@ class PrefixCache:
         self._clock = count(1)
         self._lru: list[tuple[int, int, PrefixNode]] = []
         self._ticket = count()
+        self._num_nodes = 0
         self.total_size = 0
         self.evictable_size = 0
 
@@ -111,6 +112,7 @@ class PrefixCache:
         if done < len(tokens):
             child = PrefixNode(node, tokens[done:].copy(), slots[done:].copy())
             node.children[self._key(tokens, done)] = child
+            self._num_nodes += 1
             self.total_size += len(child.tokens)
             self.evictable_size += len(child.tokens)
             self._touch(child, next(self._clock))
@@ -168,6 +170,7 @@ class PrefixCache:
         assert parent is not None  # the root holds no tokens and is never offered
         del parent.children[self._key(node.tokens, 0)]
         node.parent = None
+        self._num_nodes -= 1
         self._offer(parent)
         return size
 
@@ -191,6 +194,7 @@ class PrefixCache:
         """Cut an edge in two; the given node keeps its identity and the lower part."""
         upper = PrefixNode(node.parent, node.tokens[:length], node.slots[:length])
         upper.locks, upper.used = node.locks, node.used
+        self._num_nodes += 1
         upper.children[self._key(node.tokens, length)] = node
         assert node.parent is not None  # the root has no edge
         node.parent.children[self._key(node.tokens, 0)] = upper
@@ -210,7 +214,7 @@ class PrefixCache:
         if not self._evictable(node):
             return
         heapq.heappush(self._lru, (node.used, next(self._ticket), node))
-        if len(self._lru) > 64 + 4 * self.total_size // self._page:
+        if len(self._lru) > 64 + 4 * self._num_nodes:
             self._compact()
 
     def _compact(self) -> None:
