@@ -54,7 +54,9 @@ def measure(dtype):
                         site.apply()
                 seconds(model, ids)
                 best[name] = min(best[name], seconds(model, ids))
-        row = "  ".join(f"{n} {t * 1e3:.2f} ms (x{best['off'] / t:.3f})" for n, t in best.items())
+        row = "  ".join(
+            f"{n} {t * 1e3:.2f} ms (x{best['off'] / t:.3f})" for n, t in best.items()
+        )
         print(f"  [1, {tokens}]  {row}", flush=True)
 
 

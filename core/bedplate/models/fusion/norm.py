@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bedplate.contract import OpProvider, OpRequest
+from bedplate.contract import OpProvider, OpRequest, Support
 from bedplate.models.fusion.site import Evidence, Shadow, Site, difference, tolerance
 from bedplate.reference.ops import RMS_NORM_ORDERS, rms_norm
 
@@ -109,11 +109,11 @@ class NormSite(Site):
         attributes = {"order": self._order, "size": self._size, "eps": self._eps}
         return OpRequest(op="rms_norm", dtype=dtype, attributes=attributes)
 
-    def gains(self, provider: OpProvider) -> str:
-        """A kernel does in one pass what the module does in seven."""
+    def pays(self, provider: OpProvider) -> Support:
+        """Yes with a kernel; the reference computes what the module computes."""
         if provider.kind == "reference":
-            return ""
-        return f"one kernel by {provider.provider}, order {self._order}"
+            return Support.no("only the reference has it, which computes what the module does")
+        return Support.yes(f"one kernel by {provider.provider}, order {self._order}")
 
     @torch.no_grad()
     def verify(self, provider: OpProvider) -> Evidence:

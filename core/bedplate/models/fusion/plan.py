@@ -127,9 +127,9 @@ def _try(site: Site, ops: OpRegistry) -> tuple[Decision, bool]:
     """Verify and apply one site."""
     try:
         provider = ops.choose(site.request())
-        gains = site.gains(provider)
-        if not gains:
-            return _decision(site, "refused", f"only the {provider.provider} has it"), False
+        pays = site.pays(provider)
+        if not pays:
+            return _decision(site, "refused", pays.reason), False
         evidence = site.verify(provider)
     except BackendError as error:
         return _decision(site, "refused", error.message), False
@@ -139,7 +139,7 @@ def _try(site: Site, ops: OpRegistry) -> tuple[Decision, bool]:
     if not evidence.ok:
         return _decision(site, "failed", evidence.text), False
     site.apply()
-    return _decision(site, "chosen", f"{gains}; {evidence.text}"), True
+    return _decision(site, "chosen", f"{pays.reason}; {evidence.text}"), True
 
 
 def _check_model(module: nn.Module, run: Run, reference: Tensor) -> str:

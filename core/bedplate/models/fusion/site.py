@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bedplate.errors import ContractError
 
 if TYPE_CHECKING:
-    from bedplate.contract import OpProvider, OpRequest
+    from bedplate.contract import OpProvider, OpRequest, Support
 
 # Relative to the largest value. Two units in the last place for the narrow types, as sums of
 # many products may be taken in another order.
@@ -63,8 +63,8 @@ class Site(ABC):
         """The operation that the fused form needs."""
 
     @abstractmethod
-    def gains(self, provider: OpProvider) -> str:
-        """Why the form pays with this provider; empty if it does not."""
+    def pays(self, provider: OpProvider) -> Support:
+        """Whether the form is worth having with this provider; the reason either way."""
 
     @abstractmethod
     def verify(self, provider: OpProvider) -> Evidence:

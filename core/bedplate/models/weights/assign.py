@@ -92,21 +92,13 @@ def plan_assignments(
     """
     problems = Problems()
     names = None if exact else CheckpointNames(module, {**slots, **aliases})
-    parts = (
-        [NamedPart(name, name, None) for name in source.infos]
-        if names is None
-        else names.resolve(tuple(source.infos))
-    )
     rules = load_rules(module)
     filled: dict[str, Assignment] = {}
-    for group in _groups(parts):
+    for group in _groups(_parts(names, source)):
         infos = [source.infos[part.name] for part in group]
         made = _on_meta(names, group, infos, problems)
-        unknown = [name for name in made if name not in slots and name not in aliases]
-        if unknown:
-            if not _matches(
-                rules.ignore_unexpected, [*unknown, *(part.name for part in group)]
-            ):
+        if any(name not in slots and name not in aliases for name in made):
+            if not _matches(rules.ignore_unexpected, [*made, *(part.name for part in group)]):
                 problems.unexpected.extend(infos)
             continue
         step = Assignment(
@@ -114,23 +106,23 @@ def plan_assignments(
             targets=tuple(aliases.get(name, name) for name in made),
             nbytes=sum(info.nbytes for info in infos),
         )
-        if _repeats(step, filled, source, problems):
-            continue
-        for target, tensor in zip(step.targets, made.values(), strict=True):
-            _compare(slots[target], tensor, infos, problems)
-            filled[target] = step
+        if not _repeats(step, filled, source, problems):
+            filled.update(dict.fromkeys(step.targets, step))
+            for target, tensor in zip(step.targets, made.values(), strict=True):
+                _compare(slots[target], tensor, infos, problems)
     if complete:
-        problems.missing.extend(
-            name
-            for name in slots
-            if name not in filled and not _matches(rules.ignore_missing, [name])
-        )
+        lacking = [name for name in slots if name not in filled]
+        problems.missing.extend(n for n in lacking if not _matches(rules.ignore_missing, [n]))
     order = {name: place for place, name in enumerate(source.infos)}
-    steps = sorted(
-        {id(step): step for step in filled.values()}.values(),
-        key=lambda step: order[step.parts[0].name],
-    )
-    return AssignmentPlan(steps=tuple(steps), problems=problems, names=names, aliases=aliases)
+    distinct = {id(step): step for step in filled.values()}.values()
+    steps = tuple(sorted(distinct, key=lambda step: order[step.parts[0].name]))
+    return AssignmentPlan(steps=steps, problems=problems, names=names, aliases=aliases)
+
+
+def _parts(names: CheckpointNames | None, source: WeightSource) -> Sequence[NamedPart]:
+    if names is None:
+        return [NamedPart(name, name, None) for name in source.infos]
+    return names.resolve(tuple(source.infos))
 
 
 def _groups(parts: Sequence[NamedPart]) -> Iterator[list[NamedPart]]:

@@ -191,10 +191,10 @@ class WeightIndex:
         total = sum(step.nbytes for step in plan.steps)
         done = 0
         for step, tensors in plan.stream(source):
-            for name, tensor in tensors.items():
+            for name in tuple(tensors):
                 if before is not None:
                     before(name)
-                self._store(name, tensor)
+                self._store(name, tensors.pop(name))  # freed before the next group is read
             done += step.nbytes
             if progress is not None:
                 progress(done, total)

@@ -92,6 +92,15 @@ def test_a_norm_is_left_alone_where_only_the_reference_has_it(qwen3, ops):
     assert "norm" not in plan.counts()
 
 
+@pytest.mark.parametrize(("dtype", "chosen"), [("float32", "original"), ("bfloat16", "fused")])
+def test_plain_torch_merges_only_where_it_was_measured_to_gain(ops, dtype, chosen):
+    model = tiny_model(*family("llama"), dtype=getattr(torch, dtype))
+    plan = fuse(model, ops(linear=None))
+    siblings = [d for d in plan.decisions if d.point.endswith("siblings")]
+    assert [d.chosen for d in siblings] == [chosen] * 8
+    assert all("product" in d.candidates[0].reason for d in siblings)
+
+
 def test_off_touches_nothing(qwen3, ops):
     plan = fuse(qwen3, ops(), mode="off")
     assert [d.chosen for d in plan.decisions] == ["off"]
