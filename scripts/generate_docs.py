@@ -12,9 +12,9 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -25,6 +25,9 @@ from bedplate.contract import capabilities
 from bedplate.contract.hooks import BedplateHooks
 from bedplate.registry.faults import FAULTS
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "reference"
 PART = re.compile(r"(<!-- generated: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -32,7 +35,9 @@ PART = re.compile(r"(<!-- generated: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTAL
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in lines)
+    return "\n".join(
+        "| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in lines
+    )
 
 
 def code(text: object) -> str:
@@ -47,7 +52,7 @@ def prose(text: str) -> str:
 
 def attribute_docs(record: type) -> dict[str, str]:
     """Field → sentence, from the ``Attributes:`` section of a docstring."""
-    section = inspect.getdoc(record).partition("Attributes:\n")[2].split("\n\n")[0]  # type: ignore[union-attr]
+    section = inspect.getdoc(record).partition("Attributes:\n")[2].split("\n\n")[0]
     found: dict[str, str] = {}
     for line in inspect.cleandoc(section).splitlines():
         if match := re.match(r"(\w+): (.*)", line):
@@ -82,7 +87,7 @@ def hooks() -> str:
         signature = inspect.signature(function)
         arguments = ", ".join(list(signature.parameters)[1:])
         result = str(signature.return_annotation)
-        text = inspect.getdoc(function).replace("``", "`")  # type: ignore[union-attr]
+        text = inspect.getdoc(function).replace("``", "`")
         text = re.sub(r"(?m)^(Args|Returns):\n    ", r"- *\1*: ", text)
         text = re.sub(r"(?m)^    ", "  ", text)
         parts.append(f"### `{name}`\n\n`({arguments}) → {result}`\n\n{text}")
@@ -95,7 +100,7 @@ def config() -> str:
     generate = cli.get_command(group, "generate")
     options = {
         p.name: max((o for o in p.opts), key=len)
-        for p in generate.params  # type: ignore[union-attr]
+        for p in generate.params
         if isinstance(p, click.Option)
     }
     docs, rows = attribute_docs(EngineConfig), []
@@ -119,10 +124,8 @@ def commands() -> str:
         return f"### `{name}`\n\n```text\n{text}\n```"
 
     group = click.Context(cli)
-    parts = [shown(cli, "bedplate")]
-    for name in sorted(COMMANDS):
-        parts.append(shown(cli.get_command(group, name), f"bedplate {name}"))  # type: ignore[arg-type]
-    return "\n\n".join(parts)
+    parts = [shown(cli.get_command(group, n), f"bedplate {n}") for n in sorted(COMMANDS)]
+    return "\n\n".join([shown(cli, "bedplate"), *parts])
 
 
 def environment() -> str:
@@ -133,12 +136,14 @@ def environment() -> str:
 
 def error_tree() -> str:
     """The tree, as drawn in ``errors``, then one table of classes."""
-    drawn = inspect.cleandoc("    BedplateError\n" + errors.__doc__.partition("BedplateError\n")[2])  # type: ignore[union-attr]
+    drawn = inspect.cleandoc(
+        "    BedplateError\n" + errors.__doc__.partition("BedplateError\n")[2]
+    )
     rows = []
     for name in errors.__all__:
         kind = getattr(errors, name)
         if issubclass(kind, errors.BedplateError):
-            meaning = prose(inspect.getdoc(kind).split("\n\n")[0])  # type: ignore[union-attr]
+            meaning = prose(inspect.getdoc(kind).split("\n\n")[0])
             rows.append([code(name), code(kind.code), str(kind.exit_status), meaning])
     return f"```text\n{drawn.rstrip()}\n```\n\n" + table(
         ["class", "code", "exit status", "meaning"], rows
@@ -149,17 +154,19 @@ def faults() -> str:
     """Every way in which a backend or plugin fails."""
     return "\n\n".join(
         f"### {number}\n\n**{entry.title}.** Raises `{entry.error.__name__}`.\n\n"
-        f"- What: {_blanks(entry.what)}\n- Why: {_blanks(entry.why)}\n- Next: {_blanks(entry.next)}"
+        f"- What: {_blanks(entry.what)}\n"
+        f"- Why: {_blanks(entry.why)}\n"
+        f"- Next: {_blanks(entry.next)}"
         for number, entry in FAULTS.items()
     )
 
 
 def capability_tables() -> str:
     """Every question with its conservative default."""
+    records = [getattr(capabilities, name) for name in capabilities.__all__]
     return "\n\n".join(
-        f"### `{name}`\n\n{prose(inspect.getdoc(getattr(capabilities, name)).split(chr(10))[0])}"  # type: ignore[union-attr]
-        f"\n\n{record_table(getattr(capabilities, name))}"
-        for name in capabilities.__all__
+        f"### `{record.__name__}`\n\n{_sentence(record, '')}\n\n{record_table(record)}"
+        for record in records
     )
 
 
@@ -195,7 +202,7 @@ _CONSTANTS = {
 
 
 def _sentence(thing: object, name: str) -> str:
-    return _CONSTANTS.get(name) or prose(inspect.getdoc(thing).split("\n\n")[0])  # type: ignore[union-attr]
+    return _CONSTANTS.get(name) or prose(inspect.getdoc(thing).split("\n\n")[0])
 
 
 def _blanks(template: str) -> str:
@@ -219,7 +226,9 @@ def pages() -> Iterator[tuple[Path, str, str]]:
     """(path, text now, text as it should be) of every page with a generated part."""
     for path in sorted(REFERENCE.glob("*.md")):
         now = path.read_text(encoding="utf-8")
-        fresh = PART.sub(lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}" if m[2] in PARTS else m[0], now)
+        fresh = PART.sub(
+            lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}" if m[2] in PARTS else m[0], now
+        )
         yield path, now, fresh
 
 

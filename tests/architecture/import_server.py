@@ -48,7 +48,7 @@ def main() -> None:
         if not name.startswith(("bedplate", "__")):
             try:
                 import_module(name)
-            except Exception:  # noqa: S112 - some exist only as attributes of a parent
+            except Exception:
                 continue
     gc.disable()  # a collection would touch, and so copy, every page in every child
     gc.freeze()

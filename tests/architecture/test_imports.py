@@ -21,7 +21,8 @@ def core_packages() -> set[str]:
     return {
         path.stem
         for path in (ROOT / "core" / "bedplate").iterdir()
-        if (path.suffix == ".py" and path.stem != "__init__") or (path / "__init__.py").is_file()
+        if (path.suffix == ".py" and not path.stem.startswith("__"))
+        or (path / "__init__.py").is_file()
     }
 
 

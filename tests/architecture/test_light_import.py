@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-
 from tests.architecture.tree import BACKENDS, PLUGINS, folders
 
 HEAVY = ("torch", "transformers", "numpy", "triton", "torch_npu")

@@ -8,24 +8,23 @@ import re
 import tokenize
 
 import pytest
-
 from tests.architecture.tree import ROOT, core_files
 
 WORDS = frozenset(
-    "amd ascend cublas cuda cudnn gpu gpus hccl hip hpu mps musa nccl npu npus nvidia rccl rocm "
-    "tpu xpu".split()
-)
+    {"amd", "ascend", "cublas", "cuda", "cudnn", "gpu", "gpus", "hccl", "hip", "hpu", "mps",
+     "musa", "nccl", "npu", "npus", "nvidia", "rccl", "rocm", "tpu", "xpu"}
+)  # fmt: skip
 PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 """Words of ``snake_case``, ``CamelCase`` and plain text."""
 
 
 def device_words(source: str) -> list[str]:
     """``line: token`` for every token with a device word in it."""
-    found = []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if {part.lower() for part in PART.findall(token.string)} & WORDS:
-            found.append(f"{token.start[0]}: {token.string.strip()[:60]}")
-    return found
+    return [
+        f"{token.start[0]}: {token.string.strip()[:60]}"
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if {part.lower() for part in PART.findall(token.string)} & WORDS
+    ]
 
 
 def test_the_core_names_no_device():

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from tests.architecture.tree import PYPROJECT, ROOT, core_files, package_files, parse
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 import bedplate
 import bedplate.contract
-from tests.architecture.tree import PYPROJECT, ROOT, core_files, package_files, parse
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 800, 120

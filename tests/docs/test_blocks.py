@@ -14,10 +14,10 @@ import shlex
 
 import pytest
 from click.testing import CliRunner
+from tests.docs.blocks import PAGES, ROOT, blocks
 
 from bedplate.cli.main import cli
 from bedplate.errors import BedplateError
-from tests.docs.blocks import PAGES, ROOT, blocks
 
 PYTHON = [page for page in PAGES if blocks(page, "python")]
 CONSOLE = [

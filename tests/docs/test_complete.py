@@ -8,6 +8,7 @@ import re
 
 import click
 import pytest
+from tests.docs.blocks import ROOT, anchors
 
 import bedplate
 from bedplate import contract, env, errors
@@ -15,7 +16,6 @@ from bedplate.cli.main import COMMANDS, cli
 from bedplate.config import setting_names
 from bedplate.contract.hooks import BedplateHooks
 from bedplate.registry.faults import FAULTS
-from tests.docs.blocks import ROOT, anchors
 
 DOCS = ROOT / "docs"
 REFERENCE = DOCS / "reference"
@@ -27,7 +27,7 @@ def text(name: str) -> str:
 
 def missing(names, page: str) -> list[str]:
     found = text(page)
-    return [name for name in names if not re.search(rf"(?<![\w-]){re.escape(name)}(?!\w)", found)]
+    return [n for n in names if not re.search(rf"(?<![\w-]){re.escape(n)}(?!\w)", found)]
 
 
 def generator():
@@ -66,8 +66,8 @@ def test_commands_and_options():
     context = click.Context(cli)
     for name in COMMANDS:
         assert f"bedplate-{name}" in anchors(REFERENCE / "cli.md")
-        options = [o for p in cli.get_command(context, name).params for o in p.opts if o[0] == "-"]
-        assert missing(options, "cli.md") == []
+        spellings = [o for p in cli.get_command(context, name).params for o in p.opts]
+        assert missing([o for o in spellings if o[0] == "-"], "cli.md") == []
 
 
 def test_error_codes():
@@ -87,7 +87,8 @@ def test_the_tree_of_errors_is_drawn_as_it_is():
 def test_public_names():
     assert missing(contract.__all__, "contract.md") == []
     everything = "".join(p.read_text(encoding="utf-8") for p in DOCS.rglob("*.md"))
-    assert [n for n in bedplate.__all__ if n != "__version__" and f"`{n}`" not in everything] == []
+    public = set(bedplate.__all__) - {"__version__"}
+    assert {name for name in public if f"`{name}`" not in everything} == set()
 
 
 @pytest.mark.parametrize("name", ["ForwardMode", "CaptureHiddenMode"])

@@ -8,7 +8,6 @@ import re
 from tests.docs.blocks import ROOT, blocks
 
 README = ROOT / "README.md"
-UNMAPPED = {".ci", ".git", ".gitignore", ".editorconfig"}
 
 
 def drawn_tree() -> dict[str, list[str]]:
@@ -27,11 +26,11 @@ def drawn_tree() -> dict[str, list[str]]:
 
 def tracked() -> set[str]:
     """Top-level entries that belong to the project."""
-    ignored = {line.strip("/\n") for line in (ROOT / ".gitignore").open(encoding="utf-8")}
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
     return {
         path.name + "/" * path.is_dir()
         for path in ROOT.iterdir()
-        if path.name not in ignored | UNMAPPED and not path.name.startswith(".")
+        if path.name not in ignored and not path.name.startswith(".")
     } - {"shared/"}
 
 
@@ -49,5 +48,6 @@ def test_the_map_is_the_tree():
 
 def test_the_map_shows_every_package_of_the_core():
     packages = {p.parent.name + "/" for p in (ROOT / "core/bedplate").glob("*/__init__.py")}
-    layers = re.findall(r"^\| `(\w+)` \|", (ROOT / "core" / "README.md").read_text("utf-8"), re.M)
+    page = (ROOT / "core" / "README.md").read_text(encoding="utf-8")
+    layers = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert packages <= {f"{name}/" for name in layers}
