@@ -2,8 +2,7 @@
 """A model from a local folder, or from a config alone with made-up weights.
 
 Storage is allocated once, on the device; tensors stream into it group by group.  Peak memory
-is the model and one group: one tensor, or the parts of one stack of experts and the stack.
-No network is ever asked.
+is the model and one group: one tensor, or one stack of experts.  No network is ever asked.
 """
 
 from __future__ import annotations

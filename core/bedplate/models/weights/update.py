@@ -9,6 +9,8 @@ stay right.
 from __future__ import annotations
 
 __all__ = [
+    "Bucket",
+    "NamedTensors",
     "UpdateFormat",
     "UpdateResult",
     "get_weights_by_name",
