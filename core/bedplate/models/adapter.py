@@ -20,7 +20,7 @@ from bedplate.errors import ContractError, RequestTooLongError
 from bedplate.models import latent
 from bedplate.models import transformers_api as hf
 from bedplate.models.bridge import AttentionBridge, StepContext
-from bedplate.models.position_seam import PositionSeam
+from bedplate.models.position_seam import PastLength, PositionSeam
 from bedplate.models.rope_limit import freeze_ropes
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ class HFModel:
             self._seam.positions = positions
         else:
             arguments["position_ids"] = positions[None]
+        if self.spec.past_length_seam:
+            arguments["past_key_values"] = PastLength(batch.positions)
         if rows is not None:
             arguments["logits_to_keep"] = rows
         if batch.capture_hidden is CaptureHiddenMode.NULL:

@@ -18,18 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bedplate.models import latent
 from bedplate.models import transformers_api as hf
 from bedplate.models.hollow import HollowProducts
 from bedplate.models.mask_probe import MaskFacts, MaskFunction, UnreadableMaskError, ask_mask
-from bedplate.models.position_seam import PositionSeam
+from bedplate.models.position_seam import PastLength, PositionSeam
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-NUM_TOKENS = 5
-INPUT_IDS = (3, 5, 4, 7, 6)
+NUM_TOKENS = 7
+INPUT_IDS = (3, 5, 4, 7, 6, 9, 8)
 _NAME = "bedplate_probe"
 
 
@@ -66,6 +67,7 @@ class Observation:
     Attributes:
         calls: Attention calls in order.
         positions: Integer tensors of length T that reached modules, by place of arrival.
+        values: Queries, keys and values of all calls, and the logits; NaN made zero.
         reached: Rows of the logits that the tainted token reached; empty without taint.
         hidden_size: Width of what the head received.
     """
@@ -73,13 +75,14 @@ class Observation:
     calls: list[SeenCall] = field(default_factory=list)
     positions: dict[tuple[str, str, int], tuple[int, ...]] = field(default_factory=dict)
     reached: tuple[int, ...] = ()
+    values: list[Tensor] = field(default_factory=list)
     hidden_size: int = 0
 
 
 @torch.no_grad()
 def observe(
     model: Any, *, positions: range | None, masked: bool = False, taint: int | None = None,
-    seam: Sequence[str] = (),
+    seam: Sequence[str] = (), past_length: bool = False, disturbance: int = 0,
 ) -> Observation:
     """Run one forward of ``model`` as the adapter would, and watch.
 
@@ -87,6 +90,8 @@ def observe(
         model: A hollow causal language model. Its configurations must be its own.
         positions: Position of each token; ``None`` lets the model count.
         seam: Modules that receive the positions, where the forward takes none.
+        past_length: Pass a stand-in for the cache that corrects counts by its past length.
+        disturbance: Added to every count of the tokens that the model makes itself.
         masked: Let the model build masks, and ask their closures.
         taint: Make the embedding of this token NaN and see where it gets.
     """
@@ -97,16 +102,21 @@ def observe(
         if masked:
             stack.enter_context(hf.registered_mask(_NAME, watcher.make_mask))
         hf.set_attention(model, _NAME)
-        given = {}
+        given: dict[str, Any] = {}
         if positions is not None and seam:
             replaced = PositionSeam(model, seam)
             replaced.positions = torch.tensor(positions)
             stack.callback(replaced.remove)
         elif positions is not None:
             given = {"position_ids": torch.tensor([list(positions)])}
+        if positions is not None and past_length:
+            counted = torch.arange(NUM_TOKENS) + disturbance
+            given["past_key_values"] = PastLength(torch.tensor(positions), counted)
         stack.enter_context(_hooks(model, seen, taint=taint))
+        stack.enter_context(_DisturbedCounts(disturbance))
         stack.enter_context(HollowProducts())
         out = model(input_ids=torch.tensor([INPUT_IDS]), use_cache=False, **given)
+    seen.values.append(out.logits.nan_to_num())
     spoiled = out.logits.reshape(NUM_TOKENS, -1).isnan().any(-1)
     seen.reached = tuple(spoiled.nonzero()[:, 0].tolist())
     return seen
@@ -139,6 +149,7 @@ class _Watcher:
         attention_mask: Tensor | None = None, scaling: Any = None, **arguments: Any,
     ) -> tuple[Tensor, None]:
         self._alive += [query, key, value]
+        self._seen.values += [tensor.nan_to_num() for tensor in (query, key, value)]
         causal = arguments.get("is_causal")
         if causal is None:
             causal = getattr(module, "is_causal", True)
@@ -164,6 +175,21 @@ class _Watcher:
             return f"it is a {type(mask).__name__}"
         known = self._masks.get(mask.untyped_storage().data_ptr())
         return "the model computes its own" if known is None else known
+
+
+class _DisturbedCounts(TorchFunctionMode):
+    """Every 0, 1, 2 … as long as the batch gets a number added."""
+
+    def __init__(self, disturbance: int) -> None:
+        self._disturbance = disturbance
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.arange and self._disturbance and result.shape == (NUM_TOKENS,):
+            return result + self._disturbance
+        return result
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -196,7 +222,7 @@ def _hooks(model: Any, seen: Observation, *, taint: int | None) -> Iterator[None
                 place = (name, str(key))
                 if _counts_positions(value):
                     number = counts[place] = counts.get(place, -1) + 1
-                    seen.positions[(*place, number)] = tuple(value.reshape(-1, 5)[0].tolist())
+                    seen.positions[(*place, number)] = _first_row(value)
 
         return hook
 
@@ -226,8 +252,12 @@ def _counts_positions(value: object) -> bool:
         and not value.is_floating_point()
         and value.dtype is not torch.bool
         and value.shape[-1:] == (NUM_TOKENS,)
-        and tuple(value.reshape(-1, NUM_TOKENS)[0].tolist()) != INPUT_IDS
+        and _first_row(value) != INPUT_IDS
     )
+
+
+def _first_row(value: Tensor) -> tuple[int, ...]:
+    return tuple(value.reshape(-1, NUM_TOKENS)[0].tolist())
 
 
 def _spoil(token: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:

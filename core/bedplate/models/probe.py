@@ -14,6 +14,7 @@ __all__ = ["probe"]
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from bedplate.contract.attention import AttentionCallSpec
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 
     from bedplate.models.observation import Observation, SeenCall
 
-FIRST_TAINT, SECOND_TAINT = 1, 3
+FIRST_TAINT, SECOND_TAINT = 1, 4
 """Tokens that are spoiled in turn; neither is the middle one, which mirroring would hide."""
+DISTURBANCE = 1 << 20
+"""Added to counts of tokens to see whether they matter; beyond any threshold in use."""
 SHIFT = 7
 """Distance between the positions that are given and those that a model counts itself."""
 
@@ -87,6 +90,7 @@ def _probe(name: str, model_class: Callable[[Any], nn.Module], config: Any) -> M
     seam = _seam(name, model, counting)
     masked = observe(model, positions=range(NUM_TOKENS), masked=True, seam=seam)
     plain = _observe_plain(name, model, seam)
+    past_length = _past_length_seam(name, model, seam, plain)
     _check_paths(name, masked, plain, counting)
     calls = _describe(name, masked.calls, plain.calls)
     _check_absorption(name, expansions, calls, plain)
@@ -96,6 +100,7 @@ def _probe(name: str, model_class: Callable[[Any], nn.Module], config: Any) -> M
         calls=calls,
         hidden_size=plain.hidden_size,
         position_modules=seam,
+        past_length_seam=past_length,
         position_offset=_position_offset(name, plain, counting),
         takes_logits_to_keep=hf.takes_argument(model, "logits_to_keep"),
         evidence=_evidence(masked.calls),
@@ -182,6 +187,37 @@ def _check_paths(
         raise _refusal(name, "it attends differently with and without a mask")
     if any(call.mask is not None for call in plain.calls):
         raise _refusal(name, "it makes a mask although none is wanted")
+
+
+def _past_length_seam(
+    name: str, model: Any, seam: tuple[str, ...], plain: Observation
+) -> bool:
+    """Whether some part counts tokens although positions are given, and a seam corrects it.
+
+    What the model counts is disturbed: nothing may change.
+    """
+    positions = range(SHIFT, SHIFT + NUM_TOKENS)
+
+    def run(disturbance: int, *, past_length: bool) -> list[Tensor] | None:
+        try:
+            return observe(
+                model, positions=positions, taint=FIRST_TAINT, seam=seam,
+                past_length=past_length, disturbance=disturbance,
+            ).values  # fmt: skip
+        except Exception:  # a count that is used as index cannot be disturbed
+            return None
+
+    disturbed = run(DISTURBANCE, past_length=False)
+    if disturbed is None or _equal(disturbed, plain.values):
+        return False
+    first, second = (run(each, past_length=True) for each in (0, DISTURBANCE))
+    if first is None or second is None or not _equal(first, second):
+        raise _refusal(name, "it counts positions itself beside those given")
+    return True
+
+
+def _equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _describe(

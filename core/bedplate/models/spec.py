@@ -35,6 +35,8 @@ class ModelSpec:
         position_offset: What the model adds to positions when it counts them itself.
         position_modules: Modules whose keyword ``position_ids`` is the model's own count and
             has to be replaced; empty where the forward takes positions.
+        past_length_seam: Some part counts tokens on top of the cache's past length, although
+            the forward takes positions; a stand-in for the cache corrects it.
         takes_logits_to_keep: The forward can compute the logits of chosen rows alone.
         evidence: Sentences that say how facts were learned where it was not plain sight.
         limits: Sentences that say what is refused, and why.
@@ -52,6 +54,7 @@ class ModelSpec:
     dtype: str = ""
     position_offset: int = 0
     position_modules: tuple[str, ...] = ()
+    past_length_seam: bool = False
     takes_logits_to_keep: bool = True
     evidence: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()

@@ -15,7 +15,6 @@ __all__ = [
     "configs_of",
     "constant_rope",
     "isolate_configs",
-    "load_config",
     "output_embeddings",
     "register_attention",
     "registered_attention",
@@ -44,16 +43,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 ATTENTION_NAME = "bedplate"
 """Our run-time name.  No mask function is ever registered under it: that is what makes
 transformers hand over ``None`` instead of building a mask (and synchronising to do so)."""
-
-
-def load_config(folder: str | Path) -> PreTrainedConfig:
-    """The configuration in ``folder``; the hub is never asked."""
-    return AutoConfig.from_pretrained(str(folder), local_files_only=True)
 
 
 def causal_lm_classes() -> list[tuple[type[PreTrainedConfig], type[PreTrainedModel]]]:

@@ -74,6 +74,13 @@ _FEATURES = {"sliding_window", "attention_chunk_size", "q_lora_rank", "n_inner"}
 
 _SLIDING = ("sliding_attention", "full_attention")
 
+_SCALED_QUERIES = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 64.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.4,
+    "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+"""Queries that grow with the position, from 8 tokens on."""
+
 _HALF_SLIDING = {"use_sliding_window": True, "max_window_layers": 2}
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
@@ -82,7 +89,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen2": _HALF_SLIDING | {"sliding_window": WINDOW_TOKENS},
     "qwen3": {},
     "mistral": {},
-    "ministral3": {},
+    "ministral3": {"rope_parameters": _SCALED_QUERIES},
     "gemma2": {"query_pre_attn_scalar": 24},
     "gemma3_text": {"layer_types": _SLIDING * 2},
     "gemma4_text": {
@@ -111,7 +118,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "glm4_moe": {},
     "ernie4_5_moe": {},
     "phimoe": {"sliding_window": WINDOW_TOKENS},
-    "llama4_text": {},
+    "llama4_text": {"floor_scale": 4, "attn_scale": 0.4},  # scales queries by position
     "minimax_m2": {},
     # List B: latent attention.
     "deepseek_v2": {},

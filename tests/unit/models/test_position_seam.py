@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bedplate.models.position_seam import PositionSeam, counting_modules
+from bedplate.models.position_seam import PastLength, PositionSeam, counting_modules
 
 
 class Decoder(nn.Module):
@@ -54,6 +54,23 @@ def test_before_the_first_pass_the_count_stays():
     model = Decoder()
     PositionSeam(model, ["embed"])
     assert model(2).tolist() == [0, 1]
+
+
+def test_count_and_past_length_give_the_position():
+    positions = torch.tensor([0, 1, 2, 0, 1, 9])
+    past = PastLength(positions).get_seq_length(3)
+    assert (torch.arange(6) + past).tolist() == positions.tolist()
+
+
+def test_a_disturbed_count_is_corrected_too():
+    positions = torch.tensor([5, 6, 7])
+    counted = torch.arange(3) + 100
+    assert (counted + PastLength(positions, counted).get_seq_length()).tolist() == [5, 6, 7]
+
+
+def test_the_stand_in_stores_nothing():
+    key, value = torch.rand(1, 2, 3, 4), torch.rand(1, 2, 3, 4)
+    assert PastLength(torch.arange(3)).update(key, value, 0) == (key, value)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,12 @@ def test_a_decoder_that_counts_itself_has_a_seam():
     assert probe(*tiny("llama")).position_modules == ()
 
 
+def test_a_scale_by_an_own_count_of_tokens_needs_the_past_length():
+    """Llama-4 scales queries by a count of its own, beside the positions it is given."""
+    assert probe(*tiny("llama4_text")).past_length_seam
+    assert not probe(*tiny("ministral3")).past_length_seam  # by the given positions
+
+
 def test_rope_that_looks_at_the_batch_limits_the_length():
     factors = [1.0] * 8
     rope = {
@@ -172,6 +178,10 @@ def llama_with(attention_kwargs=None, *, after_layers=None):
     return Variant
 
 
+def _grow(states):
+    return states * (1 + torch.arange(states.shape[1])[:, None] / 1000)
+
+
 REFUSALS = {
     "unknown keyword": (llama_with({"block_indices": torch.zeros(1)}), "block_indices"),
     "two unknown keywords": (
@@ -181,6 +191,7 @@ REFUSALS = {
     "shift by one": (llama_with(after_layers=lambda x: x.roll(1, 1)), "outside attention"),
     "looks ahead": (llama_with(after_layers=lambda x: x.flip(1)), "outside attention"),
     "batch mean": (llama_with(after_layers=lambda x: x - x.mean(1, True)), "outside attention"),
+    "counts its tokens": (llama_with(after_layers=_grow), "beside those given"),
     "bidirectional": (llama_with({"is_causal": False}), "bidirectional"),
 }  # fmt: skip
 

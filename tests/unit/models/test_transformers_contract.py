@@ -162,11 +162,6 @@ def test_config_class_of_a_model_type():
     assert hf.causal_lm_config_class("qwen3") is transformers.Qwen3Config
 
 
-def test_config_is_read_from_a_folder_without_a_hub(tmp_path):
-    transformers.Qwen3Config(hidden_size=48).save_pretrained(tmp_path)
-    assert hf.load_config(tmp_path).hidden_size == 48
-
-
 def test_expand_kv_is_one_method_of_latent_attention():
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
