@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from importlib.metadata import entry_points
@@ -78,3 +79,10 @@ def test_a_plugin_is_a_distribution_of_its_own(folder):
     assert group in GROUPS
     assert list(points) == [folder.name]
     assert points[folder.name].partition(":")[0] == f"bedplate_{folder.name}.plugin"
+
+
+@pytest.mark.skipif("CI" not in os.environ, reason="needs what scripts/test installs")
+@pytest.mark.parametrize("folder", folders(PLUGINS), ids=lambda f: f.name)
+def test_where_everything_is_tested_plugins_are_installed(folder):
+    installed = {point.name for group in GROUPS for point in entry_points(group=group)}
+    assert folder.name in installed
