@@ -65,8 +65,8 @@ class HFModel:
     def forward(self, batch: ForwardBatch, input_embeds: Tensor | None = None) -> LogitsOutput:
         """Run one pass; ``attention.prepare(batch)`` has been called.
 
-        Reads the host only for the length limit; neither synchronises nor changes shape, so
-        it can be recorded.  A batch without tokens is answered without the module, which
+        Neither reads the host nor synchronises, so it can be recorded; lengths are the
+        caller's to check, with ``check_lengths``.  A batch without tokens is answered without the module, which
         cannot run it.
 
         Args:
@@ -79,13 +79,11 @@ class HFModel:
 
         Raises:
             ContractError: No attention is bound, or the model left the path that was probed.
-            RequestTooLongError: A request is longer than the model serves correctly.
         """
         if self._attention is None:
             raise ContractError("HFModel.forward came before bind_attention")
         if not batch.num_tokens:
             return self._idle(batch)
-        self._check_lengths(batch)
         if self._check:
             batch.check()
         full = batch.capture_hidden.is_full()
@@ -147,7 +145,15 @@ class HFModel:
             hidden = hidden[batch.logits_rows]
         return output, hidden
 
-    def _check_lengths(self, batch: ForwardBatch) -> None:
+    def check_lengths(self, batch: ForwardBatch) -> None:
+        """Refuse requests beyond what the model serves correctly; before ``forward``.
+
+        Apart from ``forward`` because it reads the host's lengths, which a recorded pass
+        must not.
+
+        Raises:
+            RequestTooLongError: Says how long, the limit, and why.
+        """
         limit = self.spec.max_position_embeddings
         if limit is None or not batch.batch_size:
             return

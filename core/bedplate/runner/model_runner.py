@@ -244,7 +244,11 @@ class ModelRunner:
         Returns:
             The output (views of the graph's memory if one was replayed), the graph's bucket
             or ``None``, and the reason for an eager pass.
+
+        Raises:
+            RequestTooLongError: A request is longer than the model serves correctly.
         """
+        self.model.check_lengths(batch)
         runner = self.graph_runner
         reason = "graphs are off"
         if runner is not None and batch.mode.is_graph():

@@ -164,6 +164,7 @@ class Rig:
     @torch.inference_mode()
     def _run(self, batch, parts):
         self.attention.prepare(batch)
+        self.model.check_lengths(batch)
         logits = self.model.forward(batch).next_token_logits
         row = 0
         for sequence, new in parts:

@@ -145,7 +145,7 @@ def test_a_request_beyond_the_limit_is_refused_with_the_numbers():
     limited = dataclasses.replace(model.spec, max_position_embeddings=3, limits=(reason,))
     model.spec = limited
     with pytest.raises(RequestTooLongError, match=f"4 tokens long.*serves 3; {reason}"):
-        model.forward(a_batch())
+        model.check_lengths(a_batch())
 
 
 def test_check_mode_refuses_a_malformed_batch():

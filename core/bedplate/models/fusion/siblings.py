@@ -154,8 +154,10 @@ class _Merged:
 
         Computed now, unless it lies ready for this very ``x``, unchanged since.
         """
-        # Tensors of inference mode count no versions; there the trial's word must do.
-        version = 0 if x.is_inference() else x._version
+        # Tensors of inference mode count no versions, and a compiler turns the count into a
+        # condition that fails in every call; there the trial's word must do.
+        unversioned = torch.compiler.is_compiling() or x.is_inference()
+        version = 0 if unversioned else x._version
         result = self.result
         if (
             result is None
