@@ -7,7 +7,7 @@ record is honest: it claims float32, page size 1 and nothing more.
 
 from __future__ import annotations
 
-__all__ = ["BackendCapabilities", "GraphCapabilities", "MemoryCapabilities"]
+__all__ = ["BackendCapabilities", "DeterminismClass", "GraphCapabilities", "MemoryCapabilities"]
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal

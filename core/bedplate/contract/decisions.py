@@ -8,7 +8,7 @@ always carries a reason when false.
 
 from __future__ import annotations
 
-__all__ = ["Candidate", "Decision", "Support"]
+__all__ = ["Candidate", "Decision", "Support", "Verdict"]
 
 from dataclasses import dataclass, field
 from typing import Literal

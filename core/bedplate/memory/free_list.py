@@ -11,7 +11,7 @@ always exactly ``head`` flags set, which is what makes the checks of ``free`` ch
 
 from __future__ import annotations
 
-__all__ = ["FreeList", "Int32Array"]
+__all__ = ["FreeList", "Int32Array", "require_int32"]
 
 from dataclasses import dataclass
 
@@ -212,9 +212,7 @@ class FreeList:
 
     def _refusal(self, ids: Int32Array) -> ContractError:
         outside = np.unique(ids[(ids < 1) | (ids > self.size)])
-        inside, mentions = np.unique(
-            ids[(ids >= 1) & (ids <= self.size)], return_counts=True
-        )
+        inside, mentions = np.unique(ids[(ids >= 1) & (ids <= self.size)], return_counts=True)
         twice = inside[mentions > 1]
         idle = inside[~self._taken[inside]]
         faults = [
@@ -229,7 +227,9 @@ class FreeList:
         return ContractError(
             f"cannot free {len(ids)} {self._noun}s; {'; '.join(faults)}. "
             f"Nothing was freed; every {self._noun} is freed once, by its last owner",
-            outside=outside.tolist(), idle=idle.tolist(), twice=twice.tolist(),
+            outside=outside.tolist(),
+            idle=idle.tolist(),
+            twice=twice.tolist(),
         )
 
 

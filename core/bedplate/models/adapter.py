@@ -66,8 +66,8 @@ class HFModel:
         """Run one pass; ``attention.prepare(batch)`` has been called.
 
         Neither reads the host nor synchronises, so it can be recorded; lengths are the
-        caller's to check, with ``check_lengths``.  A batch without tokens is answered without the module, which
-        cannot run it.
+        caller's to check, with ``check_lengths``.  A batch without tokens is answered without
+        the module, which cannot run it.
 
         Args:
             batch: The pass.

@@ -9,7 +9,7 @@ Shapes: T tokens, H query heads, K key/value heads, D head size, Dv value size.
 
 from __future__ import annotations
 
-__all__ = ["Observation", "SeenCall", "observe"]
+__all__ = ["NUM_TOKENS", "Observation", "SeenCall", "observe"]
 
 import functools
 from contextlib import ExitStack, contextmanager
@@ -81,8 +81,14 @@ class Observation:
 
 @torch.no_grad()
 def observe(
-    model: Any, *, positions: range | None, masked: bool = False, taint: int | None = None,
-    seam: Sequence[str] = (), past_length: bool = False, disturbance: int = 0,
+    model: Any,
+    *,
+    positions: range | None,
+    masked: bool = False,
+    taint: int | None = None,
+    seam: Sequence[str] = (),
+    past_length: bool = False,
+    disturbance: int = 0,
 ) -> Observation:
     """Run one forward of ``model`` as the adapter would, and watch.
 
@@ -145,8 +151,14 @@ class _Watcher:
         return mask
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-        attention_mask: Tensor | None = None, scaling: Any = None, **arguments: Any,
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: Any = None,
+        **arguments: Any,
     ) -> tuple[Tensor, None]:
         self._alive += [query, key, value]
         self._seen.values += [tensor.nan_to_num() for tensor in (query, key, value)]

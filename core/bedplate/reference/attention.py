@@ -9,7 +9,7 @@ Shapes: T new tokens, n of one request, L its length, H query heads, K key/value
 
 from __future__ import annotations
 
-__all__ = ["ReferenceAttention", "reference_provider", "store", "visible"]
+__all__ = ["ReferenceAttention", "attend", "reference_provider", "store", "visible"]
 
 from typing import TYPE_CHECKING
 

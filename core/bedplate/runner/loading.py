@@ -7,7 +7,7 @@ read.
 
 from __future__ import annotations
 
-__all__ = ["ReadyModel", "load_ready"]
+__all__ = ["ReadyModel", "load_ready", "model_folder"]
 
 from dataclasses import dataclass
 from pathlib import Path

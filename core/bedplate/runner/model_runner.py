@@ -8,7 +8,7 @@ systems may call them one by one, and everything they make is an attribute.
 
 from __future__ import annotations
 
-__all__ = ["ModelRunner"]
+__all__ = ["ModelRunner", "Progress"]
 
 import logging
 from collections.abc import Callable

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Tools for tests, ours and those of backend authors."""

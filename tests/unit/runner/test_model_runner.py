@@ -68,7 +68,8 @@ def runner():
 def decode_batch(size, *, mode=ForwardMode.DECODE, tokens=None):
     ids = torch.full((size,), 40) if tokens is None else tokens
     return ForwardBatch(
-        mode=mode, batch_size=size, input_ids=ids, positions=torch.zeros(size, dtype=torch.int64),
+        mode=mode, batch_size=size, input_ids=ids,
+        positions=torch.zeros(size, dtype=torch.int64),
         req_pool_indices=torch.arange(1, size + 1, dtype=torch.int32),
         seq_lens=torch.ones(size, dtype=torch.int32),
         seq_lens_cpu=torch.ones(size, dtype=torch.int32),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every "auto" is resolved as documented, with a decision, or refused with the allowed values."""
+"""Every "auto" is resolved with a decision, or refused with the allowed values."""
 
 from __future__ import annotations
 
