@@ -125,7 +125,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v3": {},
     "minicpm3": {},
     "glm4_moe_lite": {},
-    "longcat_flash": {},
+    "longcat_flash": {"zero_expert_num": 2},
 }  # fmt: skip
 """Certified families, with what each needs beside ``TINY_SIZES``."""
 
