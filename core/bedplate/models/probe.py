@@ -94,18 +94,19 @@ def _probe(name: str, model_class: Callable[[Any], nn.Module], config: Any) -> M
     _check_paths(name, masked, plain, counting)
     calls = _describe(name, masked.calls, plain.calls)
     _check_absorption(name, expansions, calls, plain)
+    offset = _position_offset(name, plain, counting)
     limit, limits = rope_limit(config)
     return ModelSpec(
         architecture=name,
         calls=calls,
         hidden_size=plain.hidden_size,
         position_modules=seam,
-        past_length_seam=past_length,
-        position_offset=_position_offset(name, plain, counting),
+        past_length_seam=bool(past_length),
+        position_offset=offset,
         takes_logits_to_keep=hf.takes_argument(model, "logits_to_keep"),
-        evidence=_evidence(masked.calls),
+        evidence=_evidence(masked.calls, past_length),
         limits=limits,
-        **_facts(model, config, limit),
+        **_facts(model, config, limit, offset),
     )
 
 
@@ -118,13 +119,15 @@ def _refusal(name: str, reason: str) -> UnsupportedModelError:
     )
 
 
-def _facts(model: Any, config: Any, limit: int | None) -> dict[str, Any]:
+def _facts(model: Any, config: Any, limit: int | None, offset: int) -> dict[str, Any]:
     """What only the configuration knows, and what nothing but limits depends on."""
     text = hf.text_config(config)
     eos = getattr(text, "eos_token_id", None)
     head, embeddings = hf.output_embeddings(model), model.get_input_embeddings()
     declared = getattr(text, "max_position_embeddings", None)
-    bounds = [n for n in (declared, limit) if isinstance(n, int)]
+    # Where the model adds an offset, its table has so many rows more than it has positions.
+    table = declared - offset if isinstance(declared, int) else None
+    bounds = [n for n in (table, limit) if n is not None]
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     return {
         "model_type": config.model_type,
@@ -191,10 +194,13 @@ def _check_paths(
 
 def _past_length_seam(
     name: str, model: Any, seam: tuple[str, ...], plain: Observation
-) -> bool:
+) -> bool | None:
     """Whether some part counts tokens although positions are given, and a seam corrects it.
 
     What the model counts is disturbed: nothing may change.
+
+    Returns:
+        ``None`` where the count cannot be disturbed, because it is used as index.
     """
     positions = range(SHIFT, SHIFT + NUM_TOKENS)
 
@@ -204,12 +210,12 @@ def _past_length_seam(
                 model, positions=positions, taint=FIRST_TAINT, seam=seam,
                 past_length=past_length, disturbance=disturbance,
             ).values  # fmt: skip
-        except Exception:  # a count that is used as index cannot be disturbed
+        except IndexError:
             return None
 
     disturbed = run(DISTURBANCE, past_length=False)
     if disturbed is None or _equal(disturbed, plain.values):
-        return False
+        return None if disturbed is None else False
     first, second = (run(each, past_length=True) for each in (0, DISTURBANCE))
     if first is None or second is None or not _equal(first, second):
         raise _refusal(name, "it counts positions itself beside those given")
@@ -320,8 +326,10 @@ def _position_offset(name: str, given: Observation, counting: Observation) -> in
     return offsets.pop()
 
 
-def _evidence(masked: Sequence[SeenCall]) -> tuple[str, ...]:
-    bare = [call.module for call in masked if call.mask is None]
-    if not bare:
-        return ()
-    return (f"visibility of {len(bare)} calls is from keywords, no mask was built",)
+def _evidence(masked: Sequence[SeenCall], past_length: bool | None) -> tuple[str, ...]:
+    bare = sum(call.mask is None for call in masked)
+    found = {
+        f"visibility of {bare} calls is from keywords, no mask was built": bare,
+        "a count of the tokens is used as index and was not disturbed": past_length is None,
+    }
+    return tuple(sentence for sentence, holds in found.items() if holds)

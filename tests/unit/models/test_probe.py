@@ -95,7 +95,9 @@ def test_full_size_takes_neither_memory_nor_time():
 
 def test_an_offset_of_learned_positions_is_found():
     config = tiny_models.tiny_config(transformers.RobertaConfig, {"pad_token_id": 1})
-    assert probe(transformers.RobertaForCausalLM, config).position_offset == 2
+    spec = probe(transformers.RobertaForCausalLM, config)
+    assert spec.position_offset == 2
+    assert spec.max_position_embeddings == 512 - 2, "two rows of the table are no positions"
 
 
 def test_a_decoder_that_counts_itself_has_a_seam():
@@ -126,6 +128,12 @@ def test_rope_that_looks_at_the_batch_limits_the_length():
 def test_tied_embeddings_are_seen():
     assert probe(*tiny("llama", tie_word_embeddings=True)).tied_embeddings
     assert not probe(*tiny("llama", tie_word_embeddings=False)).tied_embeddings
+
+
+def test_evidence_says_what_could_not_be_asked():
+    indexing = llama_with(after_layers=lambda x: x[:, torch.arange(x.shape[1])])
+    assert "used as index" in probe(indexing, tiny("llama")[1]).evidence[0]
+    assert probe(*tiny("llama")).evidence == ()
 
 
 # What is left behind.
