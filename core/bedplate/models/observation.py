@@ -95,11 +95,11 @@ def observe(
     Args:
         model: A hollow causal language model. Its configurations must be its own.
         positions: Position of each token; ``None`` lets the model count.
+        masked: Let the model build masks, and ask their closures.
+        taint: Make the embedding of this token NaN and see where it gets.
         seam: Modules that receive the positions, where the forward takes none.
         past_length: Pass a stand-in for the cache that corrects counts by its past length.
         disturbance: Added to every count of the tokens that the model makes itself.
-        masked: Let the model build masks, and ask their closures.
-        taint: Make the embedding of this token NaN and see where it gets.
     """
     seen = Observation()
     watcher = _Watcher(model, seen)
@@ -108,13 +108,7 @@ def observe(
         if masked:
             stack.enter_context(hf.registered_mask(_NAME, watcher.make_mask))
         hf.set_attention(model, _NAME)
-        given: dict[str, Any] = {}
-        if positions is not None and seam:
-            replaced = PositionSeam(model, seam)
-            replaced.positions = torch.tensor(positions)
-            stack.callback(replaced.remove)
-        elif positions is not None:
-            given = {"position_ids": torch.tensor([list(positions)])}
+        given = _positions(model, stack, positions, seam)
         if positions is not None and past_length:
             counted = torch.arange(NUM_TOKENS) + disturbance
             given["past_key_values"] = PastLength(torch.tensor(positions), counted)
@@ -126,6 +120,20 @@ def observe(
     spoiled = out.logits.reshape(NUM_TOKENS, -1).isnan().any(-1)
     seen.reached = tuple(spoiled.nonzero()[:, 0].tolist())
     return seen
+
+
+def _positions(
+    model: nn.Module, stack: ExitStack, positions: range | None, seam: Sequence[str]
+) -> dict[str, Any]:
+    """The forward's argument for positions, or none where the seam hands them over."""
+    if positions is None:
+        return {}
+    if not seam:
+        return {"position_ids": torch.tensor([list(positions)])}
+    replaced = PositionSeam(model, seam)
+    replaced.positions = torch.tensor(positions)
+    stack.callback(replaced.remove)
+    return {}
 
 
 class _Watcher:
