@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _capturing: ContextVar[bool] = ContextVar("bedplate_graph_capturing", default=False)
+_frozen: ContextVar[bool] = ContextVar("bedplate_gc_frozen", default=False)
 
 
 def get_is_capture_mode() -> bool:
@@ -40,18 +41,24 @@ def freeze_gc(enable_gc: bool = False) -> Iterator[None]:
     """Keep the collector from walking every live object between captures.
 
     One full collection comes first, so that nothing collectable is frozen, and one last, for
-    what the captures left.  A block inside a frozen one leaves thawing to the outer.
+    what the captures left.  A block inside another leaves thawing to the outer; what the
+    application had frozen before is frozen again afterwards.
 
     Args:
         enable_gc: Leave the collector alone in between.
     """
     gc.collect()
-    owner = not enable_gc and gc.get_freeze_count() == 0
-    if not enable_gc:
-        gc.freeze()
+    if enable_gc or _frozen.get():
+        yield
+        return
+    was_frozen = gc.get_freeze_count() > 0
+    token = _frozen.set(True)
+    gc.freeze()
     try:
         yield
     finally:
-        if owner:
-            gc.unfreeze()
-            gc.collect()
+        _frozen.reset(token)
+        gc.unfreeze()
+        gc.collect()
+        if was_frozen:
+            gc.freeze()

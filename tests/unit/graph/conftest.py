@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from bedplate.contract.decisions import Decision
 
 
+@pytest.fixture(autouse=True)
+def _thawed():
+    """Some test environments freeze what they have imported; these tests count from none."""
+    before = gc.get_freeze_count()
+    gc.unfreeze()
+    yield
+    if before:
+        gc.freeze()
+
+
 @dataclass
 class Bench:
     """A tape runner around the tiny decoder, and everything it reports."""

@@ -56,6 +56,14 @@ def test_gc_is_left_alone_when_enabled():
         assert gc.get_freeze_count() == 0
 
 
+def test_what_the_application_froze_is_frozen_again():
+    gc.freeze()
+    with freeze_gc():
+        pass
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
+
+
 def test_inner_freeze_does_not_thaw_the_outer():
     with freeze_gc():
         with freeze_gc():
