@@ -163,7 +163,8 @@ def faults() -> str:
 
 def capability_tables() -> str:
     """Every question with its conservative default."""
-    records = [getattr(capabilities, name) for name in capabilities.__all__]
+    named = (getattr(capabilities, name) for name in capabilities.__all__)
+    records = [record for record in named if is_dataclass(record)]
     return "\n\n".join(
         f"### `{record.__name__}`\n\n{_sentence(record, '')}\n\n{record_table(record)}"
         for record in records
