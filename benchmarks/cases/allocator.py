@@ -61,7 +61,8 @@ def cases() -> Iterator[Case]:
         yield from _request_cases(page_size)
     rows = ReqToTokenPool(4096, 1)
     yield Case(
-        name="request rows: alloc + free 32", number=5000,
+        name="request rows: alloc + free 32",
+        number=5000,
         act=lambda: rows.free(_given(rows.alloc(32))),
     )
 
@@ -94,12 +95,16 @@ def _allocator_cases(page_size: int, *, scattered: bool) -> Iterator[Case]:
         allocator.free_pages(np.random.default_rng(0).permutation(pages))
     where = f"page {page_size}, {'scattered' if scattered else 'fresh'}"
     yield Case(
-        name=f"{where}: alloc_pages + free_pages, 64 pages", number=5000, bar_us=5,
+        name=f"{where}: alloc_pages + free_pages, 64 pages",
+        number=5000,
+        bar_us=5,
         act=lambda: allocator.free_pages(_given(allocator.alloc_pages(64))),
     )
     for num_tokens, number, bar_us in ((1024, 2000, None), (POOL_TOKENS, 4, 2000)):
         yield Case(
-            name=f"{where}: alloc + free, {num_tokens:,} tokens", number=number, bar_us=bar_us,
+            name=f"{where}: alloc + free, {num_tokens:,} tokens",
+            number=number,
+            bar_us=bar_us,
             act=partial(_alloc_and_free, allocator, num_tokens),
         )
 
@@ -114,12 +119,16 @@ def _request_cases(page_size: int) -> Iterator[Case]:
         last = slots[np.cumsum(lens) - 1]
         restore = partial(allocator.restore_state, allocator.backup_state())
         yield Case(
-            name=f"page {page_size}: alloc_extend, {batch_size} prompts", number=10,
-            act=partial(allocator.alloc_extend, none, lens, none - 1), reset=restore,
+            name=f"page {page_size}: alloc_extend, {batch_size} prompts",
+            number=10,
+            act=partial(allocator.alloc_extend, none, lens, none - 1),
+            reset=restore,
         )
         yield Case(
-            name=f"page {page_size}: alloc_decode, {batch_size} requests", number=500,
-            act=partial(allocator.alloc_decode, lens + 1, last), reset=restore,
+            name=f"page {page_size}: alloc_decode, {batch_size} requests",
+            number=500,
+            act=partial(allocator.alloc_decode, lens + 1, last),
+            reset=restore,
         )
 
 

@@ -25,8 +25,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWar
 LIST_A, LIST_B = 32, 5
 LATENT = {"deepseek_v2", "deepseek_v3", "minicpm3", "glm4_moe_lite", "longcat_flash"}
 WINDOWED = {
-    "qwen2", "mistral", "gemma2", "gemma3_text", "gemma4_text", "phi3", "olmo3", "cohere2",
-    "exaone4", "starcoder2", "gpt_oss", "mixtral", "qwen2_moe", "phimoe", "llama4_text",
+    "qwen2",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "gemma4_text",
+    "phi3",
+    "olmo3",
+    "cohere2",
+    "exaone4",
+    "starcoder2",
+    "gpt_oss",
+    "mixtral",
+    "qwen2_moe",
+    "phimoe",
+    "llama4_text",
 }
 
 

@@ -222,9 +222,7 @@ def _faults(request: KVPoolRequest) -> Iterator[str]:
             yield from _alias_faults(call, calls.get(call.alias_of))
 
 
-def _alias_faults(
-    call: AttentionCallSpec, target: AttentionCallSpec | None
-) -> Iterator[str]:
+def _alias_faults(call: AttentionCallSpec, target: AttentionCallSpec | None) -> Iterator[str]:
     if target is None or target.alias_of is not None:
         yield f"call {call.call_id} reads call {call.alias_of}, which stores nothing"
     elif _cache_shape(call) != _cache_shape(target):

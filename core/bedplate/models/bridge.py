@@ -87,8 +87,14 @@ class AttentionBridge:
             )
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-        attention_mask: Tensor | None, scaling: float | None, arguments: dict[str, Any],
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None,
+        arguments: dict[str, Any],
     ) -> Tensor:
         """Serve one call as transformers makes it.
 
@@ -143,8 +149,12 @@ def _unpack(out: Tensor) -> Tensor:
 
 
 def _attend_latent(
-    module: nn.Module, query: Tensor, latents: Tensor, rope_key: Tensor,
-    call: AttentionCallSpec, step: StepContext,
+    module: nn.Module,
+    query: Tensor,
+    latents: Tensor,
+    rope_key: Tensor,
+    call: AttentionCallSpec,
+    step: StepContext,
 ) -> Tensor:
     rope = rope_key.shape[-1]
     keys = latent.latent_keys(latents, rope_key)
@@ -169,8 +179,13 @@ def _compare(call: AttentionCallSpec, scaling: float | None, arguments: dict[str
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-    attention_mask: Tensor | None, scaling: float | None = None, **arguments: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     """What transformers finds under our name."""
     bridge: AttentionBridge | None = module.__dict__.get(_ATTRIBUTE)

@@ -85,9 +85,9 @@ class HollowProducts(TorchFunctionMode):
 
 def _skip(func: Any, args: Any, kwargs: Any, flat: list[Any]) -> Tensor:
     on_meta = pytree.tree_map(
-        lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta")
-        if isinstance(x, Tensor)
-        else x,
+        lambda x: (
+            torch.empty(x.shape, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
+        ),
         (args, kwargs),
     )
     shape = func(*on_meta[0], **on_meta[1])

@@ -154,8 +154,11 @@ def _seam(name: str, model: Any, counting: Observation) -> tuple[str, ...]:
         return ()
     modules = counting_modules(counting.positions)
     if not modules:
-        raise _refusal(name, "its forward takes no position_ids, so requests of different "
-                             "lengths cannot share a batch")
+        raise _refusal(
+            name,
+            "its forward takes no position_ids, so requests of different "
+            "lengths cannot share a batch",
+        )
     return modules
 
 
@@ -166,8 +169,9 @@ def _observe_plain(name: str, model: Any, seam: tuple[str, ...]) -> Observation:
         return observe(model, positions=positions, taint=FIRST_TAINT, seam=seam)
     except Exception as error:
         raise _refusal(
-            name, "it works with its mask itself, as sparse or biased attention does "
-            f"({type(error).__name__}: {error})"
+            name,
+            "it works with its mask itself, as sparse or biased attention does "
+            f"({type(error).__name__}: {error})",
         ) from error
 
 
@@ -178,11 +182,17 @@ def _check_paths(
     if not plain.calls:
         raise _refusal(name, "it never calls the attention interface")
     if masked.reached:
-        raise _refusal(name, "its states are not numbers even without weights, so the "
-                             "probe cannot see whether tokens mix")
+        raise _refusal(
+            name,
+            "its states are not numbers even without weights, so the "
+            "probe cannot see whether tokens mix",
+        )
     if set(plain.reached) - {FIRST_TAINT} or set(counting.reached) - {SECOND_TAINT}:
-        raise _refusal(name, "tokens reach each other outside attention (recurrent, "
-                             "convolutional or compressed state, or attention of its own)")
+        raise _refusal(
+            name,
+            "tokens reach each other outside attention (recurrent, "
+            "convolutional or compressed state, or attention of its own)",
+        )
     if not (plain.reached and counting.reached):
         raise _refusal(name, "its logits do not follow from its input embeddings")
     seen = [[(c.module, c.query, c.key, c.value) for c in run.calls] for run in (masked, plain)]
@@ -294,7 +304,9 @@ def _visibility(call: SeenCall) -> dict[str, Any]:
 
 
 def _check_absorption(
-    name: str, expansions: dict[str, nn.Module], calls: Sequence[AttentionCallSpec],
+    name: str,
+    expansions: dict[str, nn.Module],
+    calls: Sequence[AttentionCallSpec],
     plain: Observation,
 ) -> None:
     """Refuse latent modules whose expansion is not the one that is absorbed."""

@@ -49,14 +49,22 @@ class Rig:
         runtime = TorchRuntime("cpu")
         pool = LayeredKVPool(
             KVPoolRequest(
-                runtime=runtime, calls=spec.calls, num_tokens=NUM_PAGES * PAGE_SIZE,
-                page_size=PAGE_SIZE, dtype=torch.float32,
+                runtime=runtime,
+                calls=spec.calls,
+                num_tokens=NUM_PAGES * PAGE_SIZE,
+                page_size=PAGE_SIZE,
+                dtype=torch.float32,
             )
         )
         self.req_to_token = torch.zeros(MAX_REQUESTS, MAX_CONTEXT_LEN, dtype=torch.int32)
         build = AttentionBuild(
-            runtime=runtime, calls=spec.calls, kv_pool=pool, req_to_token=self.req_to_token,
-            page_size=PAGE_SIZE, dtype=torch.float32, max_batch_size=MAX_REQUESTS,
+            runtime=runtime,
+            calls=spec.calls,
+            kv_pool=pool,
+            req_to_token=self.req_to_token,
+            page_size=PAGE_SIZE,
+            dtype=torch.float32,
+            max_batch_size=MAX_REQUESTS,
             max_context_len=MAX_CONTEXT_LEN,
         )
         self.attention = backend(build)
@@ -136,18 +144,26 @@ class Rig:
             new, prefix = torch.tensor(news, **ints), torch.tensor(prefixes, **ints)
             start = (new.cumsum(0) - new).to(torch.int32)
             extend = ExtendPart(
-                seq_lens=new, prefix_lens=prefix, start_loc=start, seq_lens_cpu=new,
+                seq_lens=new,
+                prefix_lens=prefix,
+                start_loc=start,
+                seq_lens_cpu=new,
                 prefix_lens_cpu=prefix,
             )
         wanted = None
         if mode.is_extend() and random.Random(len(tokens)).random() < 0.5:
             wanted = torch.tensor(news).cumsum(0) - 1
         return ForwardBatch(
-            mode=mode, batch_size=len(parts),
-            input_ids=torch.tensor(tokens), positions=torch.tensor(positions),
+            mode=mode,
+            batch_size=len(parts),
+            input_ids=torch.tensor(tokens),
+            positions=torch.tensor(positions),
             req_pool_indices=torch.tensor([s.row for s, _ in parts], **ints),
-            seq_lens=seq_lens, seq_lens_cpu=seq_lens,
-            out_cache_loc=torch.tensor(slots), logits_rows=wanted, extend=extend,
+            seq_lens=seq_lens,
+            seq_lens_cpu=seq_lens,
+            out_cache_loc=torch.tensor(slots),
+            logits_rows=wanted,
+            extend=extend,
         )
 
     def _grow(self, sequence, length):
@@ -169,8 +185,10 @@ class Rig:
         row = 0
         for sequence, new in parts:
             end = sequence.cached + new
-            kept = range(end - 1, end) if batch.logits_rows is not None else range(
-                sequence.cached, end
+            kept = (
+                range(end - 1, end)
+                if batch.logits_rows is not None
+                else range(sequence.cached, end)
             )
             for position in kept:
                 sequence.logits[position] = logits[row]
