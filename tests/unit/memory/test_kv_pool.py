@@ -39,19 +39,31 @@ class HostRuntime:
 
 def call(call_id: int, heads: int = 2, dim: int = 4, value_dim: int | None = None, **more):
     return AttentionCallSpec(
-        call_id=call_id, module=f"layers.{call_id}", num_heads=heads, num_kv_heads=heads,
-        head_dim=dim, value_dim=dim if value_dim is None else value_dim, scale=1.0, **more,
+        call_id=call_id,
+        module=f"layers.{call_id}",
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=dim,
+        value_dim=dim if value_dim is None else value_dim,
+        scale=1.0,
+        **more,
     )
 
 
 def make_pool(
-    *calls: AttentionCallSpec, num_tokens: int = 12, page_size: int = 4, dtype=torch.float32,
+    *calls: AttentionCallSpec,
+    num_tokens: int = 12,
+    page_size: int = 4,
+    dtype=torch.float32,
     runtime: HostRuntime | None = None,
 ) -> LayeredKVPool:
     return make_kv_pool(
         KVPoolRequest(
-            runtime=runtime or HostRuntime(), calls=calls, num_tokens=num_tokens,
-            page_size=page_size, dtype=dtype,
+            runtime=runtime or HostRuntime(),
+            calls=calls,
+            num_tokens=num_tokens,
+            page_size=page_size,
+            dtype=dtype,
         )
     )
 
@@ -88,7 +100,8 @@ def test_what_is_written_is_read(dtype: torch.dtype, index_dtype: torch.dtype):
 @given(
     st.lists(
         st.tuples(st.integers(1, 3), st.sampled_from([2, 8]), st.sampled_from([1, 2])),
-        min_size=1, max_size=4,
+        min_size=1,
+        max_size=4,
     )
 )
 @settings(max_examples=25)
@@ -248,8 +261,11 @@ def test_pages_must_be_whole(num_tokens: int, page_size: int):
 def filled_pool(dtype=torch.float32, **more) -> LayeredKVPool:
     """A pool whose slots hold their own number, plus 16 for values."""
     pool = make_pool(
-        call(0), call(1, heads=1, dim=6, value_dim=2, value_in_key=True), call(2, alias_of=0),
-        dtype=dtype, **more,
+        call(0),
+        call(1, heads=1, dim=6, value_dim=2, value_in_key=True),
+        call(2, alias_of=0),
+        dtype=dtype,
+        **more,
     )
     ramp = torch.arange(16.0).view(16, 1, 1)
     pool.write(0, torch.arange(16), ramp.expand(16, 2, 4), ramp.expand(16, 2, 4) + 16)
@@ -291,8 +307,11 @@ def test_a_host_copy_comes_back_to_other_slots(dtype, chunk: int, monkeypatch):
     assert all(torch.equal(raw(pool.key(i)), before[i]) for i in range(3))
 
     other = make_pool(
-        call(0), call(1, heads=1, dim=6, value_dim=2, value_in_key=True), call(2, alias_of=0),
-        dtype=dtype, num_tokens=20,
+        call(0),
+        call(1, heads=1, dim=6, value_dim=2, value_in_key=True),
+        call(2, alias_of=0),
+        dtype=dtype,
+        num_tokens=20,
     )
     target = slots(20, 12, 13, 14, 9)
     other.load_cpu_copy(copy, target)
