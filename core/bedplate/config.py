@@ -48,6 +48,8 @@ class EngineConfig:
         max_total_tokens: Tokens that the KV pool holds.
         mem_fraction: Share of the free device memory for weights, graphs and KV pool.
         chunked_prefill_tokens: Most new prompt tokens in one pass.
+        mixed: Whether running requests get their next token in prefill passes too, instead
+            of waiting for the pass after.
         prefix_cache: Whether finished prefixes are kept for requests that share them.
         attention: Name of the attention implementation.
         graphs: Whether passes are recorded and replayed.
@@ -73,6 +75,7 @@ class EngineConfig:
     max_total_tokens: int | None = None
     mem_fraction: float | None = None
     chunked_prefill_tokens: int = 2048
+    mixed: bool = False
     prefix_cache: bool = True
     attention: str | None = None
     graphs: bool | None = None
@@ -204,7 +207,7 @@ _OPTIONAL_TEXT = ("model", "tokenizer", "backend", "attention")
 _OPTIONAL_COUNTS = (
     "page_size", "max_context_len", "max_running_requests", "max_total_tokens",
 )  # fmt: skip
-_SWITCHES = ("prefix_cache", "trust_remote_code", "debug")
+_SWITCHES = ("mixed", "prefix_cache", "trust_remote_code", "debug")
 _OPTIONAL_SWITCHES = ("graphs", "overlap")
 _CHOICES = {"fusion": ("off", "leaf"), "load_format": ("auto", "safetensors", "dummy")}
 

@@ -62,6 +62,11 @@ if TYPE_CHECKING:
     "--mem-fraction", type=float, help="Share of free memory for weights, graphs and cache."
 )
 @click.option(
+    "--mixed/--no-mixed",
+    default=None,
+    help="Give running requests their next token in prefill passes too.",
+)
+@click.option(
     "--prefix-cache/--no-prefix-cache", default=None, help="Keep prefixes that requests share."
 )
 @click.option(

@@ -112,6 +112,7 @@ def _make_core(started: Started, tokenizer: Tokenizer | None) -> EngineCore:
         max_context_len=started.max_context_len,
         max_running_requests=started.max_running_requests,
         max_prefill_tokens=max(started.max_prefill_tokens, started.page_size),
+        mixed=started.config.mixed,
         prefix_cache=started.config.prefix_cache,
         overlap=started.overlap,
     )
