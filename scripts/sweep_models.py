@@ -46,7 +46,7 @@ VERDICTS = {
     "certified": "at parity in the release-blocking suite of every change",
     "works": "at parity in this sweep",
     "refused": "refused at start, with the reason given",
-    "untried": "probed, but no tiny model of it could be made here to compare",
+    "untried": "no configuration of it could be run here; the probe refuses it too",
     "fails": "stops with an error at its first forward",
     "wrong": "runs and differs: a bug, please report",
 }

@@ -22,7 +22,7 @@ from scripts.demo_model.grade import (
 from scripts.demo_model.tasks import GRADED, KINDS, draw, held_out
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bedplate import demo
+from bedplate import Engine, SamplingParams, demo
 
 PROMISED = 0.95
 SEED = 20
@@ -39,9 +39,21 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def generate(model, tokenizer) -> Generate:
-    """Greedy answers on the host; any engine with this signature can stand here."""
-    return transformers_generate(model, tokenizer, batch=40)
+def engine():
+    with Engine(backend="cpu") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def generate(engine) -> Generate:
+    """Greedy answers of the whole engine, in the dtype that it chooses by itself."""
+    params = SamplingParams(max_tokens=160)
+
+    def answer(prompts: list[str]) -> list[str]:
+        ids = [engine.tokenizer.encode(prompt) for prompt in prompts]
+        return [output.text for output in engine.generate(ids, params)]
+
+    return answer
 
 
 def test_fresh_questions_of_every_kind_are_answered_exactly(generate: Generate) -> None:
@@ -51,6 +63,16 @@ def test_fresh_questions_of_every_kind_are_answered_exactly(generate: Generate) 
     assert [score.kind for score in scores] == list(GRADED)
     assert exact >= PROMISED * total, table(scores)
     assert all(score.exact >= score.total - 2 for score in scores), table(scores)
+
+
+def test_the_engine_writes_what_transformers_writes(model, tokenizer) -> None:
+    """Greedy parity on trained weights: margins are wide, so every answer must be equal."""
+    asked = [question.prompt for question in questions(SEED + 1, per_kind=3)]
+    params = SamplingParams(max_tokens=160)
+    with Engine(backend="cpu", dtype="float32") as opened:
+        ids = [opened.tokenizer.encode(prompt) for prompt in asked]
+        ours = [output.text for output in opened.generate(ids, params)]
+    assert ours == transformers_generate(model, tokenizer, batch=40)(asked)
 
 
 def test_the_best_token_leads_clearly(model, tokenizer) -> None:
