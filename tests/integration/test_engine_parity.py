@@ -18,6 +18,7 @@ from bedplate.registry import DecisionLog
 from bedplate.registry.door import open_backend
 from bedplate.runner.executor import ModelExecutor
 from bedplate.runner.model_runner import ModelRunner
+from bedplate.scheduling.roster import Roster
 from bedplate.scheduling.scheduler import Scheduler
 from bedplate.testing.tiny_models import FAMILIES, family, tiny_model
 
@@ -109,6 +110,20 @@ def test_every_family_through_chunks_pages_and_batches(name, tmp_path):
     again = rig.check(core, rig.prompts()[1:2])  # its prefix is cached now
     assert again[0].cached_tokens >= 24
     assert not rig.log.unexplained()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_resumes_exactly_after_giving_way(name, tmp_path, monkeypatch):
+    preempted = []
+    preempt = Roster.preempt
+    monkeypatch.setattr(
+        Roster,
+        "preempt",
+        lambda roster, request: (preempted.append(request), preempt(roster, request)),
+    )
+    rig = Rig(tmp_path, name, chunked_prefill_tokens=24, page_size=8, max_total_tokens=64)
+    rig.check(rig.engine(), rig.prompts((20, 25, 30)))
+    assert preempted, "a pool this small must make somebody give way"
 
 
 CONDITIONS = {
