@@ -19,7 +19,6 @@ are attributes of the exception, so that a program need not read the sentence.
     │   └── WeightsError                     missing, unexpected, misshapen: all of them
     ├── CapacityError
     │   ├── RequestTooLongError              prompt and new tokens against the limit
-    │   ├── OutOfCacheError                  tokens wanted, free, evictable
     │   └── DeviceMemoryError                asked, free, and the settings that help
     ├── GraphError
     │   ├── CaptureError                     a bucket could not be captured
@@ -45,7 +44,6 @@ __all__ = [
     "InternalError",
     "ModelError",
     "ModelNotFoundError",
-    "OutOfCacheError",
     "ReplayError",
     "RequestTooLongError",
     "UnsupportedError",
@@ -162,12 +160,6 @@ class RequestTooLongError(CapacityError, ValueError):
     """Prompt and new tokens cannot fit, even alone."""
 
     code = "request-too-long"
-
-
-class OutOfCacheError(CapacityError):
-    """No free slots for keys and values."""
-
-    code = "out-of-cache"
 
 
 class DeviceMemoryError(CapacityError):

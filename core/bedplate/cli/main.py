@@ -57,7 +57,7 @@ def cli(*, no_plugins: bool) -> None:
     \b
     Examples:
       bedplate backends
-      bedplate generate -p "Once upon a time"
+      bedplate generate -p "What is 12 + 30?"
       bedplate --no-plugins doctor --json
     """  # noqa: D301 - click reads the control character
     if no_plugins:
