@@ -201,4 +201,7 @@ class Rig:
 def oracle_logits(model, tokens):
     """``[T, V]`` of transformers' own eager attention over the whole sequence."""
     hf.set_attention(model, "eager")
-    return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+    ids = torch.tensor([tokens])
+    # Upstream quirk (transformers 5.17, Moshi): without this mask eager attention looks ahead.
+    mask = torch.ones_like(ids)
+    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
