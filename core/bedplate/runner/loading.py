@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["ReadyModel", "load_ready", "model_folder"]
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,11 +95,9 @@ def _record(made: tuple[Decision, ...], decisions: DecisionLog) -> None:
 
 def _model_class(hf_config: Any, config: EngineConfig) -> type[Any]:
     """The class that transformers would make; made once on the meta device to find out."""
-    import copy
-
     return type(
         build_module(
-            copy.deepcopy(hf_config),
+            deepcopy(hf_config),
             resolve_dtype(hf_config, "auto", {}),
             trust_remote_code=config.trust_remote_code,
         )

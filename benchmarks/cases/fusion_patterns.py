@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each fusion pattern is worth on this host: on against off, inside one run.
 
-``python benchmarks/fusion_patterns.py [threads] [dtype …]``; about two minutes on a quiet
+``python -m benchmarks.cases.fusion_patterns [threads] [dtype …]``; about two minutes on a quiet
 machine. Shape: Qwen3 of 150 M parameters. Times are the least of many, taken in turns; with
 one thread they are processor time, which neighbours disturb less.
 """
