@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels run on the accelerator where there is one, and in Triton's interpreter elsewhere.
+
+The interpreter must be chosen before triton is imported, hence here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+if not torch.accelerator.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+class _WithoutTriton(pytest.Module):
+    """Stands for a test module that cannot even be imported."""
+
+    def collect(self):
+        pytest.skip("missing capability: triton is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent):
+    if importlib.util.find_spec("triton") is None:
+        return _WithoutTriton.from_parent(parent, path=module_path)
+    return None
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: the accelerator, or the host with the interpreter."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
