@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core names no device and no vendor: not in code, strings, docstrings or comments."""
+"""Core and kernels name no device and no vendor: in code, strings, docstrings or comments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import tokenize
 
 import pytest
-from tests.architecture.tree import ROOT, core_files
+from tests.architecture.tree import ROOT, core_files, kernel_files
 
 WORDS = frozenset(
     {"amd", "ascend", "cublas", "cuda", "cudnn", "gpu", "gpus", "hccl", "hip", "hpu", "mps",
@@ -27,17 +27,21 @@ def device_words(source: str) -> list[str]:
     ]
 
 
-def test_the_core_names_no_device():
+def test_core_and_kernels_name_no_device():
     hits = {
         str(path.relative_to(ROOT)): found
-        for path in core_files()
+        for path in [*core_files(), *kernel_files()]
         if (found := device_words(path.read_text(encoding="utf-8")))
     }
     assert hits == {}
 
 
-def test_no_file_of_the_core_is_named_after_a_device():
-    words = {part.lower() for path in core_files() for part in PART.findall(path.stem)}
+def test_no_file_of_them_is_named_after_a_device():
+    words = {
+        part.lower()
+        for path in [*core_files(), *kernel_files()]
+        for part in PART.findall(path.stem)
+    }
     assert words & WORDS == set()
 
 

@@ -9,7 +9,7 @@ import tomllib
 from importlib.metadata import entry_points
 
 import pytest
-from tests.architecture.tree import BACKENDS, PLUGINS, PYPROJECT, ROOT, folders
+from tests.architecture.tree import BACKENDS, KERNELS, PLUGINS, PYPROJECT, ROOT, folders
 
 SHAPE = {"plugin", "runtime", "graph", "attention", "memory", "ops", "collectives"}
 GROUPS = {"bedplate.backends", "bedplate.kernels", "bedplate.plugins"}
@@ -42,7 +42,9 @@ def test_every_shelf_is_typed_and_has_a_readme(folder):
     assert (folder / f"bedplate_{folder.name}" / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("shelf", [ROOT / "core", BACKENDS, PLUGINS], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "shelf", [ROOT / "core", KERNELS, BACKENDS, PLUGINS], ids=lambda f: f.name
+)
 def test_shelves_are_not_packages(shelf):
     assert not (shelf / "__init__.py").exists()
     assert (shelf / "README.md").is_file()
@@ -55,9 +57,14 @@ def test_entry_points_of_backends_are_the_folders():
     assert project["entry-points"] == {"bedplate.backends": expected}
     assert set(names) <= set(project["optional-dependencies"])
     build = PYPROJECT["tool"]["hatch"]["build"]
-    assert build["dev-mode-dirs"] == ["core", *(f"backends/{name}" for name in names)]
+    assert build["dev-mode-dirs"] == [
+        "core",
+        "kernels",
+        *(f"backends/{name}" for name in names),
+    ]
     assert build["targets"]["wheel"]["packages"] == [
-        "core/bedplate", *(f"backends/{name}/bedplate_{name}" for name in names)
+        "core/bedplate", "kernels/bedplate_triton",
+        *(f"backends/{name}/bedplate_{name}" for name in names),
     ]  # fmt: skip
 
 

@@ -88,8 +88,9 @@ def test_examples_are_three():
 
 
 def test_every_file_begins_with_its_licence():
-    paths = [p for folder in ("core", "backends", "plugins", "tests", "examples", "scripts",
-                              "benchmarks") for p in (ROOT / folder).rglob("*.py")]  # fmt: skip
+    folders = ("core", "kernels", "backends", "plugins", "tests", "examples", "scripts",
+               "benchmarks")  # fmt: skip
+    paths = [p for folder in folders for p in (ROOT / folder).rglob("*.py")]
     without = [
         str(path.relative_to(ROOT))
         for path in paths

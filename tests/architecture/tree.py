@@ -5,11 +5,13 @@ from __future__ import annotations
 
 __all__ = [
     "BACKENDS",
+    "KERNELS",
     "PLUGINS",
     "PYPROJECT",
     "ROOT",
     "core_files",
     "folders",
+    "kernel_files",
     "module_name",
     "package_files",
     "parse",
@@ -22,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ROOT / "backends"
+KERNELS = ROOT / "kernels"
 PLUGINS = ROOT / "plugins"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -40,10 +43,15 @@ def core_files() -> list[Path]:
     return sorted((ROOT / "core").rglob("*.py"))
 
 
+def kernel_files() -> list[Path]:
+    """Every module of the kernels; no tests."""
+    return sorted((KERNELS / "bedplate_triton").rglob("*.py"))
+
+
 def package_files() -> list[Path]:
-    """Every module that is shipped: core, backends, plugins; no tests."""
+    """Every module that is shipped: core, kernels, backends, plugins; no tests."""
     shelves = [*folders(BACKENDS), *folders(PLUGINS)]
-    files = core_files()
+    files = [*core_files(), *kernel_files()]
     for shelf in shelves:
         files += sorted((shelf / f"bedplate_{shelf.name}").rglob("*.py"))
     return files
@@ -52,7 +60,7 @@ def package_files() -> list[Path]:
 def module_name(path: Path) -> str:
     """Dotted name of a file of ``package_files``."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    parts = parts[1 if parts[0] == "core" else 2 :]
+    parts = parts[1 if parts[0] in ("core", "kernels") else 2 :]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 

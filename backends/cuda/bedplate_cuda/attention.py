@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over the paged cache by Triton kernels, recordable in decode.
+
+The kernels are neutral and live in ``bedplate_triton``; here are their workspaces, the few
+host integers that they need, and the choice between them and torch's own attention for fresh
+prompts.
+
+Shapes: T new tokens, B requests, H query heads, K key/value heads, D key size, Dv value size,
+S splits of a request's keys.
+"""
+
+from __future__ import annotations
+
+__all__ = ["TritonAttention", "provider"]
+
+from typing import TYPE_CHECKING
+
+import torch
+from bedplate_triton.extend_attention import extend_attention
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from bedplate.contract import (
+    AttentionBackend,
+    AttentionBuild,
+    AttentionCallSpec,
+    AttentionProvider,
+    AttentionRequest,
+    Support,
+)
+from bedplate_triton.decode_attention import choose_splits, decode_attention
+from bedplate_triton.kv_write import write_kv
+
+if TYPE_CHECKING:
+    from bedplate.batch.forward_batch import ForwardBatch
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_MAX_DIM = 256
+_LONG_PROMPT = 256
+"""Tokens from which torch's attention over the fresh keys beats a walk through the table."""
+
+
+class TritonAttention(AttentionBackend):
+    """Paged attention; the workspaces of decode are made once, for the largest batch.
+
+    The number of splits depends on the batch size and on limits of the build alone, so a
+    graph stays valid whatever lengths it is replayed with.
+
+    Args:
+        build: Pools, table and limits.
+        cores: Multiprocessors to fill; the device's when not given.
+    """
+
+    def __init__(self, build: AttentionBuild, *, cores: int | None = None) -> None:
+        self._pool = build.kv_pool
+        self._req_to_token = build.req_to_token
+        self._max_context_len = build.max_context_len
+        device = build.req_to_token.device
+        self._cores = cores or torch.cuda.get_device_properties(device).multi_processor_count
+        partial, sums = self._workspace_sizes(build)
+        self._partial = torch.empty(partial, dtype=torch.float32, device=device)
+        self._sums = torch.empty(sums, dtype=torch.float32, device=device)
+        self._max_extend_len = 0
+        self._prompts: list[slice] = []
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        """Host integers of a pass with several new tokens; decode needs none."""
+        if batch.extend is not None:
+            counts = batch.extend.seq_lens_cpu.tolist()
+            self._max_extend_len = max(counts)
+            fresh = not batch.extend.prefix_lens_cpu.any() and min(counts) >= _LONG_PROMPT
+            self._prompts = _slices(counts) if fresh else []
+
+    def graph_key(self, batch: ForwardBatch) -> tuple[int, ...]:
+        """The longest extension reaches the kernel; nothing of a decode batch does."""
+        return () if batch.extend is None else (int(batch.extend.seq_lens_cpu.max()),)
+
+    def forward_decode(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        call: AttentionCallSpec,
+        batch: ForwardBatch,
+        *,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Write, attend in splits, merge: two or three launches."""
+        keys, values = self._store(k, v, call, batch)
+        size = q.shape[0]
+        splits = self._splits(call, size)
+        out = q.new_empty((size, call.num_heads, call.value_dim))
+        sums = self._sums[: size * call.num_heads * splits]
+        partial = self._partial
+        if splits > 1:
+            partial = partial[: sums.numel() * call.value_dim]
+            partial = partial.view(size, call.num_heads, splits, call.value_dim)
+        decode_attention(
+            _adjacent(q),
+            keys,
+            values,
+            self._req_to_token,
+            batch.req_pool_indices,
+            batch.seq_lens,
+            out,
+            partial,
+            sums.view(size, call.num_heads, splits),
+            scale=call.scale,
+            window=call.window or 0,
+            chunk=call.chunk or 0,
+            softcap=call.softcap or 0.0,
+            sinks=sinks,
+        )
+        return out
+
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        call: AttentionCallSpec,
+        batch: ForwardBatch,
+        *,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Write, then one launch for all requests, or torch's attention for fresh prompts."""
+        keys, values = self._store(k, v, call, batch)
+        out = q.new_empty((q.shape[0], call.num_heads, call.value_dim))
+        if self._prompts and k is not None and v is not None and _is_plain(call, q):
+            for rows in self._prompts:
+                out[rows] = _attend_fresh(q[rows], k[rows], v[rows], call)
+            return out
+        extend = batch.extend
+        assert extend is not None  # the mode says so
+        extend_attention(
+            _adjacent(q),
+            keys,
+            values,
+            self._req_to_token,
+            batch.req_pool_indices,
+            batch.seq_lens,
+            extend.start_loc,
+            extend.seq_lens,
+            out,
+            max_extend_len=self._max_extend_len,
+            scale=call.scale,
+            causal=call.causal,
+            window=call.window or 0,
+            chunk=call.chunk or 0,
+            softcap=call.softcap or 0.0,
+            sinks=sinks,
+        )
+        return out
+
+    def _store(
+        self, k: Tensor | None, v: Tensor | None, call: AttentionCallSpec, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Write what is new, if the call stores any; the pools that it attends to."""
+        keys, values = self._pool.key(call.cache_id), self._pool.value(call.cache_id)
+        if k is not None and call.alias_of is None:
+            fresh = None if v is None or call.value_in_key else _adjacent(v)
+            write_kv(_adjacent(k), fresh, batch.out_cache_loc, keys, values)
+        return keys, values
+
+    def _splits(self, call: AttentionCallSpec, batch_size: int) -> int:
+        """S; a power of two."""
+        limits = (self._max_context_len, call.window, call.chunk)
+        reach = min(limit for limit in limits if limit is not None)
+        return choose_splits(batch_size, call.num_kv_heads, reach, self._cores)
+
+    def _workspace_sizes(self, build: AttentionBuild) -> tuple[int, int]:
+        """Elements of the partial results and of their sums, for every batch and call."""
+        partial = sums = 0
+        for call in build.calls:
+            for size in range(1, build.max_batch_size + 1):
+                splits = self._splits(call, size)
+                needed = size * call.num_heads * splits
+                sums = max(sums, needed)
+                partial = max(partial, needed * call.value_dim * (splits > 1))
+        return partial, sums
+
+
+def _supports(request: AttentionRequest) -> Support:
+    if {request.dtype, request.kv_dtype} - set(_DTYPES):
+        return Support.no(f"has no form for {request.dtype} with {request.kv_dtype} keys")
+    for call in request.calls:
+        if max(call.head_dim, call.value_dim) > _MAX_DIM:
+            sizes = f"{call.head_dim} and {call.value_dim}"
+            return Support.no(f"{call.module} has heads of {sizes}, more than {_MAX_DIM}")
+        if not call.causal:
+            return Support.no(f"{call.module} sees later tokens")
+    return Support.yes("reads the cache in place, in graphs too")
+
+
+def _is_plain(call: AttentionCallSpec, q: Tensor) -> bool:
+    """Whether torch has a fused form of the call that never makes a matrix of scores."""
+    special = (call.window, call.chunk, call.softcap)
+    return (
+        call.causal
+        and not call.sinks
+        and all(limit is None for limit in special)
+        and call.head_dim == call.value_dim
+        and call.head_dim % 8 == 0
+        and q.dtype != torch.float32
+    )
+
+
+def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallSpec) -> Tensor:
+    """One whole prompt, ``[T, H, D]``, by the fused attention that torch prefers here."""
+    out = scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        is_causal=True,
+        scale=call.scale,
+        enable_gqa=call.num_heads != call.num_kv_heads,
+    )
+    return out[0].transpose(0, 1)
+
+
+def _slices(counts: list[int]) -> list[slice]:
+    """Rows of each request in the packed tokens."""
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def _adjacent(rows: Tensor) -> Tensor:
+    """The same rows with features side by side, as the kernels read them."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+provider = AttentionProvider(
+    name="triton",
+    provider="cuda",
+    priority=100,
+    supports=_supports,
+    build=TritonAttention,
+)
+"""What this backend offers."""

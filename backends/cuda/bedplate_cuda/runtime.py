@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One CUDA device as a DeviceRuntime, and what it can do.
+
+Everything generic is torch's own and inherited; here is taking the device and refusing it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CudaRuntime", "capabilities"]
+
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import torch
+
+from bedplate.contract import (
+    ActivateRequest,
+    BackendCapabilities,
+    DeviceRuntime,
+    GraphCapabilities,
+    MemoryCapabilities,
+)
+from bedplate.errors import BackendUnavailableError, ConfigError
+from bedplate.reference.runtime import TorchRuntime
+from bedplate_cuda import driver
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_OLDEST = (8, 0)
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+class CudaRuntime(TorchRuntime):
+    """The device ``request.device_index``, current in the thread that made the runtime.
+
+    Raises:
+        ConfigError: An option was given; there is none.
+        BackendUnavailableError: The driver gives no device of that number (HW010), torch is
+            of another build (HW011), or the device is older than sm_80 (HW012).
+    """
+
+    def __init__(self, request: ActivateRequest) -> None:
+        if request.options:
+            raise ConfigError(
+                f"Backend 'cuda' has no option {', '.join(sorted(request.options))}; it has "
+                "none. Remove it"
+            )
+        if torch.version.cuda is None:
+            raise BackendUnavailableError(
+                f"torch {torch.__version__} is built without CUDA. Install a CUDA build of it",
+                code="HW011",
+            )
+        device = torch.device("cuda", request.device_index)
+        self.capability = _take(device)
+        super().__init__(device, pinned=True)
+        self.init_cublas()
+
+    def synchronize(self) -> None:
+        """Wait for this device, whichever is current in the calling thread."""
+        torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def inference_guard(self) -> Iterator[None]:
+        """No autograd, and our device current: which one that is differs between threads."""
+        with torch.cuda.device(self.device), torch.no_grad():
+            yield
+
+    def init_cublas(self) -> None:
+        """Make the handle and workspace of matrix products, which no capture may do."""
+        square = torch.ones((16, 16), dtype=torch.float16, device=self.device)
+        torch.mm(square, square)
+
+    def shutdown(self) -> None:
+        """Give cached memory back; a device that has failed cannot, and need not."""
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+
+def capabilities(runtime: DeviceRuntime) -> BackendCapabilities:
+    """What the device of an activated runtime can do."""
+    properties = torch.cuda.get_device_properties(runtime.device)
+    return BackendCapabilities(
+        device_type="cuda",
+        arch=f"sm_{properties.major}{properties.minor}",
+        compute_dtypes=_DTYPES,
+        kv_dtypes=_DTYPES,
+        graph=GraphCapabilities(
+            supported=True, default=True, stable_addresses=True, shared_pool=True
+        ),
+        memory=MemoryCapabilities(
+            asynchronous=True,
+            pinned_host=True,
+            page_sizes=(16, 1, 32, 64),
+            index_dtype="int32",
+        ),
+        facts={
+            "device": properties.name,
+            "driver": driver.driver_version() or "unknown",
+            "toolkit": str(torch.version.cuda),
+            "multiprocessors": str(properties.multi_processor_count),
+        },
+    )
+
+
+def _take(device: torch.device) -> tuple[int, int]:
+    """Make the device current and give its compute capability."""
+    try:
+        torch.cuda.set_device(device)
+        capability = torch.cuda.get_device_capability(device)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).partition("\n")[0].rstrip(".")
+        raise BackendUnavailableError(
+            f"{device} cannot be used: {cause}. See `nvidia-smi`, and whether the driver is as "
+            f"new as CUDA {torch.version.cuda} of torch wants it",
+            code="HW010",
+        ) from error
+    if capability < _OLDEST:
+        major, minor = capability
+        raise BackendUnavailableError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the "
+            "kernels need 8.0 or later. Choose another device with --backend cuda:INDEX, or "
+            "--backend cpu",
+            code="HW012",
+        )
+    return capability

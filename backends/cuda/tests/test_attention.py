@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TritonAttention against the reference, on shuffled slots among poisoned ones.
+
+On the accelerator where there is one, else in Triton's interpreter; shapes are small for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
+from bedplate.batch.forward_mode import ForwardMode
+from bedplate.contract import AttentionBuild, AttentionCallSpec, AttentionRequest, KVPoolRequest
+from bedplate.memory.kv_pool import LayeredKVPool
+from bedplate.reference.attention import ReferenceAttention
+from bedplate.reference.runtime import TorchRuntime
+from bedplate_cuda import attention as module
+from bedplate_cuda.attention import TritonAttention, provider
+
+DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
+PLAIN = AttentionCallSpec(
+    call_id=0, module="attn", num_heads=4, num_kv_heads=2, head_dim=32, value_dim=32, scale=0.2
+)
+CALLS = {
+    "plain": PLAIN,
+    "one head each": replace(PLAIN, num_kv_heads=4),
+    "odd sizes": replace(PLAIN, head_dim=24, value_dim=40),
+    "window": replace(PLAIN, window=5),
+    "chunk": replace(PLAIN, chunk=8),
+    "softcap": replace(PLAIN, softcap=2.0),
+    "sinks": replace(PLAIN, sinks=True),
+    "latent": replace(PLAIN, num_kv_heads=1, head_dim=24, value_dim=16, value_in_key=True),
+}
+LENGTHS = [3, 70, 1, 130]
+FRESH = {"decode": [1, 1, 1, 1], "prompts": LENGTHS, "chunks": [1, 40, 1, 64]}
+CONTEXT, ROWS = 640, 6
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
+
+
+def build(calls, dtype, lengths):
+    """Pools whose used slots are random and whose others are NaN, and their table."""
+    runtime = TorchRuntime(DEVICE)
+    pages = LayeredKVPool(
+        KVPoolRequest(runtime=runtime, calls=calls, num_tokens=704, page_size=1, dtype=dtype)
+    )
+    generator = torch.Generator().manual_seed(7)
+    slots = torch.randperm(704, generator=generator).int() + 1
+    table = torch.zeros((ROWS, CONTEXT), dtype=torch.int32)
+    for row, part in enumerate(slots[: sum(lengths)].split(lengths), start=1):
+        table[row, : len(part)] = part
+    mine = slots[: sum(lengths)].long()
+    for call in calls:
+        stored = [pages.key(call.call_id)]
+        stored += [] if call.value_in_key else [pages.value(call.call_id)]
+        for storage in stored if call.alias_of is None else ():
+            used = torch.randn((len(mine), *storage.shape[1:]), generator=generator)
+            storage.fill_(float("nan"))
+            storage[mine.to(DEVICE)] = used.to(DEVICE, dtype)
+            storage[0] = 0
+    return AttentionBuild(
+        runtime=runtime,
+        calls=calls,
+        kv_pool=pages,
+        req_to_token=table.to(DEVICE),
+        page_size=1,
+        dtype=dtype,
+        max_batch_size=ROWS - 1,
+        max_context_len=CONTEXT,
+    )
+
+
+def batch_of(built, lengths, fresh, mode=None):
+    """The last ``fresh[i]`` tokens of each request are new."""
+    table = built.req_to_token.cpu()
+    lens, new = (torch.tensor(numbers, dtype=torch.int32) for numbers in (lengths, fresh))
+    pairs = zip(lengths, fresh, strict=True)
+    loc = torch.cat([table[row, n - f : n] for row, (n, f) in enumerate(pairs, start=1)])
+    decode = fresh == [1] * len(fresh)
+    part = ExtendPart(
+        seq_lens=new.to(DEVICE),
+        prefix_lens=(lens - new).to(DEVICE),
+        start_loc=(new.cumsum(0) - new).int().to(DEVICE),
+        seq_lens_cpu=new,
+        prefix_lens_cpu=lens - new,
+    )
+    return ForwardBatch(
+        mode=mode or (ForwardMode.DECODE if decode else ForwardMode.EXTEND),
+        batch_size=len(lengths),
+        input_ids=torch.zeros(len(loc), dtype=torch.int64, device=DEVICE),
+        positions=torch.zeros(len(loc), dtype=torch.int64, device=DEVICE),
+        req_pool_indices=torch.arange(1, len(lengths) + 1, dtype=torch.int32, device=DEVICE),
+        seq_lens=lens.to(DEVICE),
+        seq_lens_cpu=lens,
+        out_cache_loc=loc.to(DEVICE),
+        extend=None if decode else part,
+    )
+
+
+def inputs(call, tokens, dtype):
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    q = draw(call.num_heads, tokens, call.head_dim).transpose(0, 1)  # as models hand it over
+    k = draw(tokens, call.num_kv_heads, call.head_dim)
+    v = None if call.value_in_key else draw(tokens, call.num_kv_heads, call.value_dim)
+    return q, k, v, draw(call.num_heads) if call.sinks else None
+
+
+def triton(built):
+    return TritonAttention(built, cores=4)
+
+
+def run(make, call, lengths, fresh, dtype, mode=None):
+    built = build((call,), dtype, lengths)
+    batch = batch_of(built, lengths, fresh, mode)
+    q, k, v, sinks = inputs(call, batch.num_tokens, dtype)
+    attention = make(built)
+    attention.prepare(batch)
+    return attention.forward(q, k, v, call, batch, sinks=sinks)
+
+
+def check(call, lengths, fresh, dtype, mode=None):
+    ours = run(triton, call, lengths, fresh, dtype, mode)
+    theirs = run(ReferenceAttention, call, lengths, fresh, dtype, mode)
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("fresh", FRESH.values(), ids=FRESH.keys())
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_equals_the_reference(call, fresh, dtype):
+    check(call, LENGTHS, fresh, dtype)
+
+
+def test_mixed_pass():
+    check(PLAIN, LENGTHS, [3, 1, 1, 1], torch.float32, ForwardMode.MIXED)
+
+
+@pytest.mark.parametrize("call", ["plain", "window", "softcap"])
+def test_long_fresh_prompts(call, monkeypatch):
+    used = []
+    fresh = module._attend_fresh
+    monkeypatch.setattr(
+        module, "_attend_fresh", lambda *given: used.append(len(given[0])) or fresh(*given)
+    )
+    check(CALLS[call], [257, 300], [257, 300], torch.float16)
+    assert used == ([257, 300] if call == "plain" else [])
+
+
+def test_a_cached_prefix_is_not_forgotten():
+    check(PLAIN, [300, 290], [300, 280], torch.float16)
+
+
+def test_a_call_that_reads_another_calls_cache():
+    alias = replace(PLAIN, call_id=1, module="reader", alias_of=0)
+    answers = []
+    for make in (triton, ReferenceAttention):
+        built = build((PLAIN, alias), torch.float32, LENGTHS)
+        batch = batch_of(built, LENGTHS, [1] * 4)
+        q, k, v, _ = inputs(PLAIN, 4, torch.float32)
+        attention = make(built)
+        attention.prepare(batch)
+        attention.forward(q, k, v, PLAIN, batch)
+        answers.append(attention.forward(q, None, None, alias, batch))
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=1e-4)
+
+
+def test_workspaces_never_move_and_hold_every_batch():
+    calls = (PLAIN, replace(PLAIN, call_id=1, num_heads=8, num_kv_heads=1, value_dim=48))
+    built = build(calls, torch.float32, LENGTHS)
+    attention = triton(built)
+    before = [attention._partial.data_ptr(), attention._sums.data_ptr()]
+    assert attention._splits(calls[1], 1) > 1
+    for size in range(1, ROWS):
+        batch = batch_of(built, LENGTHS[:1] * size, [1] * size)
+        for call in calls:
+            q, k, v, _ = inputs(call, size, torch.float32)
+            assert attention.forward(q, k, v, call, batch).isfinite().all()
+    assert before == [attention._partial.data_ptr(), attention._sums.data_ptr()]
+
+
+def test_only_extensions_bind_a_graph_to_host_integers():
+    built = build((PLAIN,), torch.float32, LENGTHS)
+    attention = triton(built)
+    assert attention.graph_key(batch_of(built, LENGTHS, [1] * 4)) == ()
+    assert attention.graph_key(batch_of(built, LENGTHS, FRESH["chunks"])) == (64,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtypes", "reason"),
+    [
+        ({}, ("bfloat16", "bfloat16"), None),
+        ({}, ("float16", "float32"), None),
+        ({"head_dim": 256, "value_dim": 256, "window": 9}, ("float16",) * 2, None),
+        ({"head_dim": 257}, ("float16", "float16"), "heads of 257 and 32"),
+        ({"causal": False}, ("float16", "float16"), "later tokens"),
+        ({}, ("float16", "float8_e4m3fn"), "float8_e4m3fn keys"),
+        ({}, ("float64", "float16"), "float64"),
+    ],
+)  # fmt: skip
+def test_supports(changes, dtypes, reason):
+    request = AttentionRequest(
+        calls=(PLAIN, replace(PLAIN, call_id=1, **changes)),
+        dtype=dtypes[0],
+        kv_dtype=dtypes[1],
+        page_size=16,
+    )
+    answer = provider.supports(request)
+    assert bool(answer) == (reason is None)
+    assert reason is None or reason in answer.reason

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device itself: taking it, and graphs that replay what eager passes compute."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bedplate.batch.forward_mode import CaptureHiddenMode
+from bedplate.contract import ActivateRequest, GraphRunnerRequest
+from bedplate.testing.tiny_decoder import TinyAttention, TinyDecoder, decode_batch
+
+pytestmark = [
+    pytest.mark.accelerator,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    from bedplate_cuda.runtime import CudaRuntime
+
+    runtime = CudaRuntime(ActivateRequest())
+    yield runtime
+    runtime.shutdown()
+
+
+def test_runtime(runtime):
+    from bedplate_cuda.runtime import capabilities
+
+    assert runtime.device == torch.device("cuda:0")
+    assert 0 < runtime.memory().free_bytes <= runtime.memory().total_bytes
+    host = runtime.empty_host(100)
+    assert host.is_pinned()
+    assert host.data_ptr() % 64 == 0
+    runtime.record_event().synchronize()
+    with runtime.inference_guard():
+        assert not torch.is_grad_enabled()
+    found = capabilities(runtime)
+    assert found.arch == "sm_{}{}".format(*torch.cuda.get_device_capability())
+    assert found.graph.supported
+
+
+@pytest.fixture(scope="module")
+def bench(runtime):
+    from bedplate_cuda.graph import CudaGraphRunner
+
+    attention = TinyAttention(device="cuda")
+    model = TinyDecoder(attention, device="cuda")
+    decisions = []
+    request = GraphRunnerRequest(
+        runtime=runtime,
+        forward=model,
+        attention=attention,
+        capture_sizes=(1, 4, 16),
+        hidden_modes=(CaptureHiddenMode.NULL,),
+        index_dtype="int32",
+        record=decisions.append,
+    )
+    runner = CudaGraphRunner(request)
+    runner.capture()
+    assert decisions == []
+    return SimpleNamespace(runner=runner, attention=attention, model=model, request=request)
+
+
+def compare(bench, runner, lengths):
+    batch = decode_batch(lengths, bench.attention)
+    with torch.no_grad():
+        assert runner.can_run(batch)
+        replayed = runner.replay(batch).next_token_logits.clone()
+        bench.attention.prepare_in_graph(batch)
+        expected = bench.model(batch).next_token_logits
+    torch.testing.assert_close(replayed, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[1], [12], [3, 4], [5, 1, 9], [2] * 4, [*range(1, 12)]])
+def test_replay_equals_eager(bench, lengths):
+    compare(bench, bench.runner, lengths)
+
+
+def test_capture_again_after_release(bench):
+    """A trial capture is released and its pool used again, as a start-up does."""
+    from bedplate_cuda.graph import CudaGraphRunner
+
+    runner = CudaGraphRunner(dataclasses.replace(bench.request, capture_sizes=(2,)))
+    for lengths in ([3], [4, 5]):
+        runner.capture()
+        assert runner.captured
+        compare(bench, runner, lengths)
+        runner.release()
+
+
+def test_failing_capture_is_recorded_and_the_next_one_works(bench):
+    from bedplate_cuda.graph import CudaGraphRunner
+
+    def waits(batch):
+        output = bench.model(batch)
+        if torch.cuda.is_current_stream_capturing() and batch.batch_size == 4:
+            output.next_token_logits.sum().item()
+        return output
+
+    decisions = []
+    request = dataclasses.replace(bench.request, forward=waits, record=decisions.append)
+    runner = CudaGraphRunner(request)
+    runner.capture()
+    assert [decision.point for decision in decisions] == ["graph.4"]
+    assert [key.batch_size for key in runner.captured] == [16, 1]
+    compare(bench, runner, [2])
