@@ -21,6 +21,10 @@ from bedplate_triton.ops import register
 
 SHAPES = [(64,), (1, 64), (7, 96), (2, 3, 128), (5, 256), (3, 257), (2, 1000), (9, 4096)]
 
+DTYPES = [torch.float32, torch.float16]
+if torch.accelerator.is_available():
+    DTYPES.append(torch.bfloat16)  # the interpreter truncates where it should round
+
 
 def draw(shape, dtype, device):
     """Rows so small that eps decides, ordinary ones, and large ones."""
@@ -48,12 +52,13 @@ def check(x, weight, order):
     if x.dtype == torch.float32:
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     else:
-        assert ulps_apart(got, want) <= 1
+        # The product of what is one unit apart may be two units apart.
+        assert ulps_apart(got, want) <= (2 if order == "weight_after_cast" else 1)
         assert (got != want).float().mean() < 0.01  # only where the mean's last bit decides
 
 
 @pytest.mark.parametrize("order", RMS_NORM_ORDERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(shape, dtype, order, device):
     check(*draw(shape, dtype, device), order)
