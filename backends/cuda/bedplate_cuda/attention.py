@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from bedplate_triton.extend_attention import extend_attention
+from bedplate_triton.extend_attention import supports as extend_supports
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -34,8 +35,6 @@ from bedplate_triton.kv_write import write_kv
 if TYPE_CHECKING:
     from bedplate.batch.forward_batch import ForwardBatch
 
-_DTYPES = ("bfloat16", "float16", "float32")
-_MAX_DIM = 256
 _LONG_PROMPT = 256
 """Tokens from which torch's attention over the fresh keys beats a walk through the table."""
 
@@ -181,12 +180,13 @@ class TritonAttention(AttentionBackend):
 
 
 def _supports(request: AttentionRequest) -> Support:
-    if {request.dtype, request.kv_dtype} - set(_DTYPES):
-        return Support.no(f"has no form for {request.dtype} with {request.kv_dtype} keys")
+    if request.kv_dtype != request.dtype:
+        return Support.no(f"reads keys of the model's {request.dtype}, not {request.kv_dtype}")
+    dtype = getattr(torch, request.dtype)
     for call in request.calls:
-        if max(call.head_dim, call.value_dim) > _MAX_DIM:
-            sizes = f"{call.head_dim} and {call.value_dim}"
-            return Support.no(f"{call.module} has heads of {sizes}, more than {_MAX_DIM}")
+        answer = extend_supports(call.head_dim, call.value_dim, dtype)
+        if not answer:
+            return Support.no(f"{call.module}: {answer.reason}")
         if not call.causal:
             return Support.no(f"{call.module} sees later tokens")
     return Support.yes("reads the cache in place, in graphs too")

@@ -192,22 +192,22 @@ def test_only_extensions_bind_a_graph_to_host_integers():
 
 
 @pytest.mark.parametrize(
-    ("changes", "dtypes", "reason"),
+    ("changes", "dtype", "kv_dtype", "reason"),
     [
-        ({}, ("bfloat16", "bfloat16"), None),
-        ({}, ("float16", "float32"), None),
-        ({"head_dim": 256, "value_dim": 256, "window": 9}, ("float16",) * 2, None),
-        ({"head_dim": 257}, ("float16", "float16"), "heads of 257 and 32"),
-        ({"causal": False}, ("float16", "float16"), "later tokens"),
-        ({}, ("float16", "float8_e4m3fn"), "float8_e4m3fn keys"),
-        ({}, ("float64", "float16"), "float64"),
+        ({}, "bfloat16", "bfloat16", None),
+        ({"head_dim": 256, "value_dim": 256, "window": 9}, "float16", "float16", None),
+        ({"head_dim": 576, "value_dim": 512, "value_in_key": True}, "float16", "float16", None),
+        ({"head_dim": 1024}, "float16", "float16", "heads of 1024/32"),
+        ({"causal": False}, "float16", "float16", "later tokens"),
+        ({}, "float16", "float32", "not float32"),
+        ({}, "float64", "float64", "float64"),
     ],
-)  # fmt: skip
-def test_supports(changes, dtypes, reason):
+)
+def test_supports(changes, dtype, kv_dtype, reason):
     request = AttentionRequest(
         calls=(PLAIN, replace(PLAIN, call_id=1, **changes)),
-        dtype=dtypes[0],
-        kv_dtype=dtypes[1],
+        dtype=dtype,
+        kv_dtype=kv_dtype,
         page_size=16,
     )
     answer = provider.supports(request)
