@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: N803, N806 - constants of a kernel are capitals
+# ruff: noqa: N803, SIM102 - constants are capitals; an `if` of a constant stands alone
 """Attention of one new token a request over the paged cache, in two kernels.
 
 The first divides the visible keys of each request into S splits and attends to each; the query
@@ -35,7 +35,7 @@ _TOKENS_A_SPLIT = 128
 _PROGRAMS_A_CORE = 4
 _MAX_KEY, _MAX_VALUE = 576, 512
 _MERGE_COLUMNS = 128
-_TILES = ((512, 64, 4, 3), (1024, 32, 4, 3), (2560, 16, 4, 3), (1 << 30, 16, 8, 2))
+_TILES = ((512, 64, 4, 3), (1024, 32, 4, 3), (2560, 32, 8, 3), (1 << 30, 16, 8, 2))
 """Bytes of key and value of a token and head, up to which: keys a tile, warps, stages."""
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels.tests.offline import compile_launches
 
 from bedplate.batch.forward_batch import ForwardBatch
 from bedplate.batch.forward_mode import ForwardMode
@@ -46,7 +47,7 @@ CALLS = {
         PLAIN, num_kv_heads=1, head_dim=64, value_dim=24, value_in_key=True
     ),
 }
-LENGTHS = [1, 70, 0, 129, 3]
+LENGTHS = [1, 70, 0, 129, 3, 16]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
 POOL, ROWS, CONTEXT = 256, len(LENGTHS) + 1, 160
 
@@ -192,11 +193,48 @@ def test_sizes_cover_every_column_with_powers_of_two(sizes, dtype):
     blocks = [chosen.BLOCK_N, chosen.BLOCK_D, chosen.BLOCK_V]
     blocks += [chosen.BLOCK_R] if chosen.BLOCK_R else []
     assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)
-    assert chosen.BLOCK_D + chosen.BLOCK_R >= sizes[0]
-    assert chosen.BLOCK_V >= sizes[1]
+    assert sizes[0] <= chosen.BLOCK_D + chosen.BLOCK_R
+    assert sizes[1] <= chosen.BLOCK_V
 
 
 @pytest.mark.parametrize("sizes", [(577, 64), (64, 513)])
 def test_refuses_larger_heads(sizes):
     with pytest.raises(UnsupportedError, match="choose another attention"):
         meta(*sizes, torch.float16)
+
+
+LAUNCHES = """
+import torch
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def launch(heads, kv_heads, size, value_size, splits, dtype, latent=False, **options):
+    q, out = empty(4, heads, size, dtype=dtype), empty(4, heads, value_size, dtype=dtype)
+    keys = empty(5000, kv_heads, size, dtype=dtype)
+    wide = empty(5000, kv_heads, 2 * size, dtype=dtype)
+    values = (keys if latent else wide)[..., :value_size]
+    table, ints = empty(9, 4096, dtype=torch.int32), empty(4, dtype=torch.int32)
+    partial, lse = empty(4, heads, splits, value_size), empty(4, heads, splits)
+    decode_attention(
+        q, keys, values, table, ints, ints, out, partial, lse, scale=1.0, **options
+    )
+
+bf16 = torch.bfloat16
+launch(32, 8, 128, 128, 1, bf16)
+launch(32, 8, 128, 128, 64, bf16)
+launch(64, 8, 64, 64, 8, bf16, window=128, softcap=50.0, sinks=empty(64, dtype=bf16))
+launch(8, 4, 256, 256, 4, torch.float16, chunk=8192)
+launch(32, 8, 80, 80, 1, torch.float32)
+launch(128, 1, 576, 512, 16, bf16, latent=True)
+"""
+
+
+def test_compiles_for_sm_90():
+    """Splits and merges, within the registers and the 227 KiB of shared memory of a core."""
+    compiled = compile_launches("bedplate_triton.decode_attention", LAUNCHES)
+    assert len(compiled) == 10  # four of the six launches merge
+    assert [kernel["stack"] for kernel in compiled] == [0] * 10
+    assert max(kernel["shared"] for kernel in compiled) <= 227 * 1024
+    products = [kernel for kernel in compiled if "mma.sync" in kernel["assembly"]]
+    assert len(products) == 5  # all splits but that of float32, which stays exact
