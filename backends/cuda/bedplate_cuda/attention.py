@@ -16,8 +16,6 @@ __all__ = ["TritonAttention", "provider"]
 from typing import TYPE_CHECKING
 
 import torch
-from bedplate_triton.extend_attention import extend_attention
-from bedplate_triton.extend_attention import supports as extend_supports
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -30,6 +28,8 @@ from bedplate.contract import (
     Support,
 )
 from bedplate_triton.decode_attention import choose_splits, decode_attention
+from bedplate_triton.extend_attention import extend_attention
+from bedplate_triton.extend_attention import supports as extend_supports
 from bedplate_triton.kv_write import write_kv
 
 if TYPE_CHECKING:

@@ -197,7 +197,7 @@ def test_only_extensions_bind_a_graph_to_host_integers():
         ({}, "bfloat16", "bfloat16", None),
         ({"head_dim": 256, "value_dim": 256, "window": 9}, "float16", "float16", None),
         ({"head_dim": 576, "value_dim": 512, "value_in_key": True}, "float16", "float16", None),
-        ({"head_dim": 1024}, "float16", "float16", "heads of 1024/32"),
+        ({"head_dim": 1024}, "float16", "float16", "attn: "),
         ({"causal": False}, "float16", "float16", "later tokens"),
         ({}, "float16", "float32", "not float32"),
         ({}, "float64", "float64", "float64"),
