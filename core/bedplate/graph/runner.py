@@ -270,6 +270,9 @@ class GraphRunner(ABC):
         try:
             self.capture_one_batch_size(key)
         except CaptureError as error:
+            # A device may go on recording into the pool of a capture that broke off, and
+            # refuse the next one that names it: that one gets a pool of its own.
+            set_global_graph_memory_pool(self.request.runtime, None)
             self._failed.add(key)
             self.request.record(_dropped(key, error))
 

@@ -543,3 +543,25 @@ def test_progress_is_optional(bench):
     runner = TapeGraphRunner(bench().request(progress=None))
     runner.capture()
     assert len(runner.captured) == 4
+
+
+def test_a_capture_after_a_failed_one_takes_another_pool(bench):
+    """A device keeps recording into the pool of a broken capture and refuses it to the next."""
+    pools = []
+
+    class Named(TapeGraphRunner):
+        def pool_handle(self):
+            return [len(pools)]
+
+        def capture_graph(self, graph, run):
+            pools.append(self.pool)
+            if len(pools) == 2:
+                raise RuntimeError("broken")
+            return run()
+
+    runner = Named(bench().request())
+    runner.capture()
+    assert len(runner.captured) == len(pools) - 1
+    assert pools[0] is pools[1]
+    assert pools[2] is not pools[1]
+    assert pools[2] is pools[3]
