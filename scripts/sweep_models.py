@@ -168,6 +168,10 @@ def write_table(rows, path):
             f"| {text} |"
             for verdict, text in VERDICTS.items()
         ),
+        (
+            f"| looked at | {' | '.join(str(count.total()) for count in counts.values())} "
+            "| classes that the sweep has reached; the next run goes on with the rest |"
+        ),
         "",
         f"The lists are those of transformers {transformers.__version__}. *Not tried* names",
         "the module kinds of the full-size default that the tiny model lacks.",
