@@ -108,7 +108,7 @@ def _sweep(
     DV_PAD: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
     VALUE_IN_KEY: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys ``[start, stop)``; peak and scores are powers of two."""
+    """Online softmax over the keys ``[start, stop)``; peak and scores are in base 2."""
     lanes = tl.arange(0, BLOCK_N)
     main = tl.arange(0, D_MAIN)
     for at in tl.range(start, stop, BLOCK_N):
