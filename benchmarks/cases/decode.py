@@ -4,7 +4,8 @@
     python -m benchmarks.cases.decode qwen3-0.6b --backend NAME --batches 1,8,32,128,256
 
 A step is the difference of two runs with 16 and 144 new tokens divided by 128, the better of
-two; context 1,024, greedy, no prefix hits.  A prompt's time is that of a whole ``generate`` call.
+two; context 1,024, greedy, no prefix hits.  A prompt's time is that of a whole ``generate``
+call.
 """
 
 from __future__ import annotations
@@ -77,9 +78,8 @@ def main() -> None:
                     for _ in range(2)
                 ]
                 ms = min(steps) / 128 * 1e3
-                print(
-                    f"decode, batch {batch}: {ms:.2f} ms a step, {batch / ms * 1e3:.0f} tokens/s"
-                )
+                rate = batch / ms * 1e3
+                print(f"decode, batch {batch}: {ms:.2f} ms a step, {rate:.0f} tokens/s")
             for batch in (1, 16):
                 best = min(seconds(engine, rng, batch, options.context, 1) for _ in range(4))
                 print(f"prompts, {batch} × {options.context}: {best * 1e3:.1f} ms")
