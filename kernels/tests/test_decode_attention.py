@@ -180,7 +180,7 @@ def test_splits_are_powers_of_two_that_do_not_grow_with_the_batch(batch, heads, 
     ("batch", "context", "splits"),
     [(1, 4096, 32), (1, 32768, 64), (16, 4096, 4), (64, 4096, 1)],
 )
-def test_splits_that_were_best_with_eight_heads_on_132_cores(batch, context, splits):
+def test_splits_with_eight_heads_on_132_cores(batch, context, splits):
     assert choose_splits(batch, 8, context, 132) == splits
 
 

@@ -28,6 +28,7 @@ from bedplate.contract import (
     AttentionRequest,
     Support,
 )
+from bedplate.errors import ContractError
 from bedplate.reference.attention import attend, store, visible
 from bedplate_cpu import native
 
@@ -299,7 +300,11 @@ class NativeAttention(SdpaAttention):
         if sinks is not None:
             sinks = sinks.float()
             args.sinks = sinks.data_ptr()
-        self._kernel(ctypes.byref(args))
+        if self._kernel(ctypes.byref(args)):
+            raise ContractError(
+                f"{call.module} is larger than the native kernel's buffers, which supports() "
+                "should have said. Choose --attention sdpa, and report it"
+            )
         return out
 
     def _fixed_args(self, call: AttentionCallSpec) -> _DecodeArgs:

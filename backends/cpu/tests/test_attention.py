@@ -11,6 +11,7 @@ import torch
 from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
 from bedplate.batch.forward_mode import ForwardMode
 from bedplate.contract import AttentionBuild, AttentionCallSpec, AttentionRequest, KVPoolRequest
+from bedplate.errors import ContractError
 from bedplate.memory.kv_pool import LayeredKVPool
 from bedplate.reference.attention import ReferenceAttention
 from bedplate.reference.runtime import TorchRuntime
@@ -151,3 +152,13 @@ def test_equals_the_reference(provider, call, lengths, dtype, kind):
     theirs = run(ReferenceAttention, call, lengths, fresh, dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_a_call_beyond_the_kernels_buffers_is_refused_and_never_answered():
+    big = replace(PLAIN, num_heads=65, num_kv_heads=1)
+    native_provider = next(p for p in providers() if p.name == "native")
+    request = AttentionRequest(calls=(big,), dtype="float32", kv_dtype="float32", page_size=1)
+    assert not native_provider.supports(request)
+    if native.load().library is not None:
+        with pytest.raises(ContractError, match="buffers"):
+            run(native_provider.build, big, [3], [1], torch.float32)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bedplate.batch.forward_batch import ForwardBatch
 
 _LONG_PROMPT = 256
-"""Tokens from which torch's attention over the fresh keys beats a walk through the table."""
+"""Whole prompts from so many tokens on go to torch's attention; a guess, not yet measured."""
 
 
 class TritonAttention(AttentionBackend):

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     Int64Array = npt.NDArray[np.int64]
 
 _BAD_LOGITS = (
-    "the model's logits are not numbers for this request; try --dtype float32, and check the "
-    "checkpoint with `bedplate generate --load-format safetensors`"
+    "the model's logits are not numbers for this request; try --dtype float32, and if that "
+    "does not help, look for tensors that are not finite in the checkpoint"
 )
 
 
