@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 if not torch.accelerator.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        from kernels.tests.interpreter import install
+
+        install()
 
 
 class _WithoutTriton(pytest.Module):

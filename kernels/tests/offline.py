@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile what a module's launches would compile for sm_90, without a device.
+"""Compile what launches would compile for an architecture, without a device.
 
-Run as ``python offline.py MODULE CODE``: in a process of its own, since a module imported for
-the interpreter cannot be compiled. ``CODE`` calls the module's functions on ``meta`` tensors;
-each launch is compiled as it stands instead of run. Prints one JSON object a launch.
+Run in a process of its own, since a module imported for the interpreter cannot be compiled:
+``python offline.py ARCH MODULE CODE`` executes ``CODE`` with the names of ``MODULE``, and
+``python offline.py ARCH`` runs every case of ``bedplate_triton.cases``; both on ``meta``
+tensors.  Each distinct launch is compiled as it stands instead of run, and printed as one
+JSON object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -19,14 +22,24 @@ from pathlib import Path
 
 import pytest
 
-TARGET = ("cuda", 90, 32)
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+"""What one program may have; the compiler does not check it without a device."""
 
 
-def compile_launches(module: str, code: str) -> list[dict]:
-    """Shared and stack bytes and assembly of every launch that ``code`` makes."""
+def compile_launches(module: str, code: str, arch: str = "sm_90") -> list[dict]:
+    """Facts of every launch that ``code`` makes: see ``_facts``."""
+    return _compile(arch, module, code)
+
+
+def compile_cases(arch: str) -> list[dict]:
+    """Facts of every distinct launch of all cases; ``case`` names the first that made it."""
+    return _compile(arch)
+
+
+def _compile(*arguments: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, __file__, module, code]
+    command = [sys.executable, __file__, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if "no offline compiler" in run.stderr:
         pytest.skip(f"missing capability: {run.stderr.strip().splitlines()[-1]}")
@@ -37,35 +50,45 @@ def compile_launches(module: str, code: str) -> list[dict]:
 class _Offline:
     """A driver that knows its target and no device."""
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget(*TARGET)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
-        return 0
+        return self.capability
 
     def get_current_stream(self, _device):
         return 0
 
 
-class _Compiled:
-    """Stands for a kernel: a launch compiles and prints."""
+class _Compiler:
+    """Takes the place of every launch."""
 
-    def __init__(self, kernel):
-        self.kernel = kernel
+    def __init__(self, run) -> None:
+        self.run, self.seen, self.case = run, set(), ""
 
-    def __getitem__(self, grid):
-        def launch(*args, **options):
-            compiled = self.kernel.warmup(*args, grid=grid, **options)
-            facts = {"shared": compiled.metadata.shared, "assembly": compiled.asm["ptx"]}
-            print(json.dumps(facts | {"stack": _stack_bytes(compiled.asm["cubin"])}))
+    def launch(self, kernel, *args, grid, warmup, **options):
+        compiled = self.run(kernel, *args, grid=grid, warmup=True, **options)
+        if compiled.hash not in self.seen or not self.case:
+            self.seen.add(compiled.hash)
+            print(json.dumps(_facts(compiled) | {"case": self.case}))
 
-        return launch
+
+def _facts(compiled) -> dict:
+    """Name, shared bytes, stack bytes a thread (more than none are spills), assembly."""
+    return {
+        "kernel": compiled.metadata.name,
+        "shared": compiled.metadata.shared,
+        "stack": _stack_bytes(compiled.asm["cubin"]),
+        "assembly": compiled.asm["ptx"],
+    }
 
 
 def _stack_bytes(binary: bytes) -> int:
-    """Bytes of local memory a thread; more than none are spilled registers."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -77,17 +100,35 @@ def _stack_bytes(binary: bytes) -> int:
     return sum(map(int, re.findall(r"STACK:(\d+)", usage)))
 
 
-def _main(name: str, code: str) -> None:
+def _run_cases(compiler: _Compiler, arch: str) -> None:
+    import torch
+
+    from bedplate_triton.cases import all_cases
+    from bedplate_triton.features import Features
+
+    features = Features(arch=arch, cores=132, shared_bytes=SHARED_BYTES[arch])
+    for case in all_cases():
+        compiler.case = case.label
+        try:
+            case.run(case.make(torch.device("meta"), 0), features)
+        except Exception as error:
+            error.add_note(f"in the case {case.label}")
+            raise
+
+
+def _main(arch: str, module: str = "", code: str = "") -> None:
     import triton
 
     if "nvidia" not in triton.backends.backends:
-        sys.exit(f"no offline compiler for {TARGET[0]} in triton {triton.__version__}")
-    triton.runtime.driver.set_active(_Offline())
-    module = importlib.import_module(name)
-    for attribute, value in list(vars(module).items()):
-        if isinstance(value, triton.runtime.JITFunction):
-            setattr(module, attribute, _Compiled(value))
-    exec(code, vars(module))
+        sys.exit(f"no offline compiler for {arch} in triton {triton.__version__}")
+    triton.runtime.driver.set_active(_Offline(int(arch.removeprefix("sm_"))))
+    compiler = _Compiler(triton.runtime.JITFunction.run)
+    triton.runtime.JITFunction.run = lambda *args, **options: compiler.launch(*args, **options)
+    with contextlib.suppress(BrokenPipeError):
+        if module:
+            exec(code, vars(importlib.import_module(module)))
+        else:
+            _run_cases(compiler, arch)
 
 
 if __name__ == "__main__":

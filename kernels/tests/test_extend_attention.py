@@ -222,9 +222,6 @@ def test_supports_the_sizes_that_it_tiles(sizes, dtype):
 LAUNCHES = """
 import torch
 
-for helper in ("_first_key", "_end_key", "_load", "_sweep"):  # called by kernels, not launched
-    globals()[helper] = getattr(globals()[helper], "kernel", globals()[helper])
-
 def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 

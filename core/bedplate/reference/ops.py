@@ -4,13 +4,24 @@
 One short function per operation.  Rounding orders matter in bfloat16: they decide which of
 two near-equal tokens wins, so they are part of the meaning.
 
-Shapes: T tokens, E features.
+Shapes: T tokens, E features in, N features out.
 """
 
 from __future__ import annotations
 
-__all__ = ["OPERATIONS", "RMS_NORM_ORDERS", "linear", "rms_norm"]
+__all__ = [
+    "ACTIVATIONS",
+    "NORM_ORDERS",
+    "OPERATIONS",
+    "RMS_NORM_ORDERS",
+    "act_and_mul",
+    "add_norm",
+    "linear",
+    "norm_linear",
+    "rms_norm",
+]
 
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +29,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bedplate.reference.decode_step import advance_decode
+from bedplate.reference.rope import qk_norm_rope_write
+from bedplate.reference.sampling import sample_tokens
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 RMS_NORM_ORDERS = ("weight_after_cast", "one_plus_weight_fp32", "weight_fp32", "no_weight")
 """How a norm rounds: the weight after the cast to the input's dtype; ``1 + weight`` in
 float32; the weight in float32 before the cast; or no weight."""
+
+NORM_ORDERS = (*RMS_NORM_ORDERS, "layer_norm")
+"""Those of root-mean-square norms, and the norm that takes the mean away too."""
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+        "relu": functional.relu,
+        "relu2": lambda x: functional.relu(x).square(),
+    }
+)
+"""Name of every activation → its meaning; it rounds to the dtype of its input."""
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, order: str) -> Tensor:
@@ -48,12 +77,87 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, order: str) -> Tensor
     return (normed * scale).to(x.dtype)
 
 
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    order: str,
+) -> tuple[Tensor, Tensor]:
+    """Add, round, and norm the sum.
+
+    Args:
+        x: ``[…, E]``.
+        residual: The same, or ``None`` where nothing is added.
+        weight: ``[E]``, or ``None``.
+        bias: ``[E]`` for ``layer_norm``, or ``None``.
+        eps: Added to the mean square, or to the variance.
+        order: One of ``NORM_ORDERS``.
+
+    Returns:
+        The norm of the sum, and the sum in the dtype of ``x`` (``x`` itself without a
+        residual).
+    """
+    total = x if residual is None else residual + x
+    if order == "layer_norm":
+        return functional.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+    return rms_norm(total, weight, eps, order), total
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``; ``weight`` is ``[out, in]``."""
     return functional.linear(x, weight, bias)
 
 
+def act_and_mul(x: Tensor, act: str) -> Tensor:
+    """``[…, 2·E]`` → ``[…, E]``: the activation of the first half times the second."""
+    gate, up = x.chunk(2, dim=-1)
+    return ACTIVATIONS[act](gate) * up
+
+
+def norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    order: str,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``add_norm``, then ``linear``, then with ``act`` also ``act_and_mul``.
+
+    Args:
+        x: ``[…, E]``.
+        residual: As in ``add_norm``.
+        norm_weight: As ``weight`` in ``add_norm``.
+        norm_bias: As ``bias`` in ``add_norm``.
+        eps: As in ``add_norm``.
+        order: One of ``NORM_ORDERS``.
+        weight: ``[N, E]``; with ``act`` the rows of the gate come first.
+        bias: ``[N]`` or ``None``.
+        act: One of ``ACTIVATIONS``, or ``None``.
+
+    Returns:
+        ``[…, N]`` (``[…, N / 2]`` with ``act``), and the sum as ``add_norm`` gives it.
+    """
+    normed, total = add_norm(x, residual, norm_weight, norm_bias, eps, order)
+    out = linear(normed, weight, bias)
+    return (out if act is None else act_and_mul(out, act)), total
+
+
 OPERATIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {"linear": linear, "rms_norm": rms_norm}
+    {
+        "act_and_mul": act_and_mul,
+        "add_norm": add_norm,
+        "advance_decode": advance_decode,
+        "linear": linear,
+        "norm_linear": norm_linear,
+        "qk_norm_rope_write": qk_norm_rope_write,
+        "rms_norm": rms_norm,
+        "sample_tokens": sample_tokens,
+    }
 )
 """Name of every operation → its meaning."""

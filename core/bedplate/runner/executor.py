@@ -22,7 +22,7 @@ from torch import Tensor
 from bedplate.batch.logits_rows import LogitsRows, select_logits_rows
 from bedplate.batch.step import StepOutput, TokenLogprobs
 from bedplate.runner.sampler import Sampler
-from bedplate.runner.sampling import NOT_A_NUMBER, logprobs_of
+from bedplate.reference.sampling import NOT_A_NUMBER, logprobs_of
 from bedplate.runner.staging import Staging
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bedplate.runner.sampling import (
+from bedplate.reference.sampling import (
     FilterParams,
     sample_filtered,
     sample_greedy,

@@ -13,7 +13,7 @@ from bedplate.batch.forward_mode import ForwardMode
 from bedplate.batch.schedule_batch import ScheduleBatch
 from bedplate.errors import ConfigError
 from bedplate.runner.sampler import Sampler
-from bedplate.runner.sampling import (
+from bedplate.reference.sampling import (
     NOT_A_NUMBER,
     FilterParams,
     filter_sorted,

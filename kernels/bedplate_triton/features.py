@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What kernels may know of the device that runs them: declared data, never a vendor's name.
+
+A backend makes one ``Features`` when it takes its device and hands it to everything here.
+Extras that not every device has, such as chained launches, are functions inside it; kernels
+receive them as constants, so one source compiles everywhere.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Chain", "Features", "nothing"]
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import triton
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@triton.jit
+def nothing():
+    """What a kernel calls where the device has no such feature."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """Chained launches: a kernel may begin while the one before it in the stream still runs.
+
+    Every kernel launched with ``arguments()`` calls ``WAIT()`` before it reads or writes
+    anything that another kernel touches, in every program and before any early return;
+    constants such as weights may be read before.  ``RELEASE()`` lets the next one begin.
+
+    Attributes:
+        wait: Device function that returns once the kernels before have finished.
+        release: Device function that lets the next kernel begin.
+        options: Launch options that turn the feature on.
+    """
+
+    wait: Any = nothing
+    release: Any = nothing
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def arguments(self) -> dict[str, Any]:
+        """Keywords of a launch: the constants ``WAIT`` and ``RELEASE``, and the options."""
+        return {"WAIT": self.wait, "RELEASE": self.release, **self.options}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """One device.
+
+    Attributes:
+        arch: Architecture word; names a folder of ``configs``.
+        device: The device's own name, for settings of that very device.
+        cores: Multiprocessors.
+        shared_bytes: Shared memory that one program can have.
+        chain: Chained launches, if the device has them.
+    """
+
+    arch: str = ""
+    device: str = ""
+    cores: int = 64
+    shared_bytes: int = 64 << 10
+    chain: Chain = field(default_factory=Chain)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make Triton's interpreter compute bfloat16 as a device does.
+
+As it stands it multiplies bit patterns in ``tl.dot``, gives NaN for arithmetic and truncates
+where it should round (triton-lang/triton#11584, #11585); with numpy from 2.4 on triton 3.6
+cannot run loops whose bound is a tensor (#9171).  ``install`` mends that for tests;
+``test_interpreter.py`` checks that it does, so that an upgrade cannot break it in silence.
+"""
+
+from __future__ import annotations
+
+__all__ = ["install"]
+
+import numpy as np
+
+
+def _down(x):
+    """float32 to the bits of bfloat16, to nearest and even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded.astype(np.uint16))
+
+
+def install() -> None:
+    """Patch the interpreter of the imported triton; call once, before kernels run."""
+    import triton.language as tl
+    import triton.runtime.interpreter as interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    patch_tensor = interpreter._patch_lang_tensor
+    dot, binary, cast = builder.create_dot, builder.binary_op, builder.cast_impl
+
+    def is_narrow(operand):
+        return operand.dtype.scalar == tl.bfloat16
+
+    def up(operand):
+        if not is_narrow(operand):
+            return operand.data
+        return (operand.data.astype(np.uint32) << 16).view(np.float32)
+
+    def patched_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        index = lambda self: int(np.asarray(self.handle.data).item())  # noqa: E731
+        scope.set_attr(tensor, "__index__", index)
+
+    def patched_dot(self, a, b, d, *rest):
+        if not (is_narrow(a) or is_narrow(b)):
+            return dot(self, a, b, d, *rest)
+        product = np.matmul(up(a), up(b), dtype=np.float32).astype(d.data.dtype)
+        return handle(product + d.data, d.dtype.scalar)
+
+    def patched_binary(self, left, right, op):
+        if not is_narrow(left):
+            return binary(self, left, right, op)
+        out = op(up(left), up(right))
+        narrow = out.dtype != np.bool_
+        return handle(_down(out), tl.bfloat16) if narrow else handle(out, tl.int1)
+
+    def patched_cast(self, source, target):
+        narrow = target.scalar == tl.bfloat16
+        if narrow and not is_narrow(source):
+            return handle(_down(source.data.astype(np.float32)), target.scalar)
+        if is_narrow(source) and not narrow:
+            dtype = interpreter._get_np_dtype(target)
+            return handle(up(source).astype(dtype), target.scalar)
+        return cast(self, source, target)
+
+    interpreter._patch_lang_tensor = patched_tensor
+    builder.create_dot, builder.binary_op = patched_dot, patched_binary
+    builder.cast_impl = patched_cast

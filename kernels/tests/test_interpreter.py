@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mended interpreter rounds and multiplies bfloat16 as torch does."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _cast(x, out, n: tl.constexpr):
+    lanes = tl.arange(0, n)
+    tl.store(out + lanes, tl.load(x + lanes).to(tl.bfloat16))
+
+
+@triton.jit
+def _arithmetic(a, b, out, n: tl.constexpr):
+    lanes = tl.arange(0, n)
+    tl.store(out + lanes, tl.load(a + lanes) * tl.load(b + lanes) + tl.load(a + lanes))
+
+
+@triton.jit
+def _product(a, b, out, count, n: tl.constexpr):
+    lanes = tl.arange(0, n)
+    where = lanes[:, None] * n + lanes[None, :]
+    acc = tl.zeros([n, n], tl.float32)
+    for _ in range(0, count):  # a bound that is a tensor
+        acc = tl.dot(tl.load(a + where), tl.load(b + where), acc)
+    tl.store(out + where, acc)
+
+
+def draw(*shape, device):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def test_casts_round_to_nearest(device):
+    x = torch.cat((draw(120, device=device), torch.tensor([float("nan"), float("inf"), 0.0, -0.0] * 2, device=device)))  # fmt: skip
+    out = torch.empty(128, dtype=torch.bfloat16, device=device)
+    _cast[(1,)](x, out, 128)
+    torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_arithmetic(device):
+    a, b = draw(2, 128, device=device).bfloat16()
+    out = torch.empty_like(a)
+    _arithmetic[(1,)](a, b, out, 128)
+    torch.testing.assert_close(out, a * b + a, rtol=1e-2, atol=1e-2)
+
+
+def test_products(device):
+    a, b = draw(2, 16, 16, device=device).bfloat16()
+    out = torch.empty(16, 16, device=device)
+    _product[(1,)](a, b, out, 2, 16)
+    torch.testing.assert_close(out, 2 * a.float() @ b.float(), rtol=1e-5, atol=1e-5)
