@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bedplate.contract import OpProvider, OpRequest, Support
+from bedplate.contract import OpRequest, Support
 from bedplate.models.fusion.site import Evidence, Shadow, Site, difference, tolerance
 from bedplate.reference.ops import RMS_NORM_ORDERS, rms_norm
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bedplate.models.fusion.calls import Call
+    from bedplate.models.fusion.site import Providers
 
 # Rows so small that eps decides, ordinary ones, and large ones.
 SCALES = (1e-3, 3e-2, 1.0, 30.0)
@@ -33,9 +34,10 @@ def find_norms(calls: Sequence[Call]) -> list[NormSite]:
     """Every childless module that rounds as a known root-mean-square norm does."""
     known: dict[tuple[object, ...], tuple[str, float] | None] = {}
     first: dict[str, Call] = {}
-    for call in calls:
+    leaves = [call for call in calls if call.leaf]
+    for call in leaves:
         first.setdefault(call.path, call)
-    several = {call.path for call in calls if not call.alone}
+    several = {call.path for call in leaves if not call.alone}
     sites = []
     for path, call in first.items():
         if path in several or not _may_be_norm(call.module, call.x):
@@ -103,23 +105,25 @@ class NormSite(Site):
         self._order, self._eps = order, eps
         self._call: Shadow | None = None
 
-    def request(self) -> OpRequest:
+    def requests(self) -> tuple[OpRequest, ...]:
         """``rms_norm`` with the order that must be kept."""
         dtype = str(self._dtype).removeprefix("torch.")
         attributes = {"order": self._order, "size": self._size, "eps": self._eps}
-        return OpRequest(op="rms_norm", dtype=dtype, attributes=attributes)
+        return (OpRequest(op="rms_norm", dtype=dtype, attributes=attributes),)
 
-    def pays(self, provider: OpProvider) -> Support:
+    def pays(self, providers: Providers) -> Support:
         """Yes with a kernel; the reference computes what the module computes."""
+        provider = providers["rms_norm"]
         if provider.kind == "reference":
             return Support.no("only the reference has it, which computes what the module does")
         return Support.yes(f"one kernel by {provider.provider}, order {self._order}")
 
     @torch.no_grad()
-    def verify(self, provider: OpProvider) -> Evidence:
+    def verify(self, providers: Providers) -> Evidence:
         """The operation against the module with its own weights, on random data."""
         weight = None if self._order == "no_weight" else next(self._module.parameters())
-        self._call = Shadow(provider.call, weight=weight, eps=self._eps, order=self._order)
+        call = providers["rms_norm"].call
+        self._call = Shadow(call, weight=weight, eps=self._eps, order=self._order)
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(len(SCALES), 3, self._size, generator=generator)
         x = (x * torch.tensor(SCALES)[:, None, None]).to(self._device, self._dtype)

@@ -126,11 +126,11 @@ def _kinds(sites: Sequence[Site]) -> list[list[Site]]:
 def _try(site: Site, ops: OpRegistry) -> tuple[Decision, bool]:
     """Verify and apply one site."""
     try:
-        provider = ops.choose(site.request())
-        pays = site.pays(provider)
+        providers = {request.op: ops.choose(request) for request in site.requests()}
+        pays = site.pays(providers)
         if not pays:
             return _decision(site, "refused", pays.reason), False
-        evidence = site.verify(provider)
+        evidence = site.verify(providers)
     except BackendError as error:
         return _decision(site, "refused", error.message), False
     except Exception as error:

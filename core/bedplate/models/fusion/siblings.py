@@ -15,20 +15,21 @@ from __future__ import annotations
 
 __all__ = ["SiblingSite", "find_siblings"]
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from bedplate.contract import OpProvider, OpRequest, Support
+from bedplate.contract import OpRequest, Support
+from bedplate.models.fusion.merge import MergedLinear, merge_linears
 from bedplate.models.fusion.site import Evidence, Shadow, Site, difference, tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from bedplate.models.fusion.calls import Call
+    from bedplate.models.fusion.site import Providers
 
 TRIAL_ROWS = 8
 
@@ -37,7 +38,7 @@ def find_siblings(calls: Sequence[Call]) -> list[SiblingSite]:
     """Groups of two or more plain linears of one parent that always share their input."""
     together: dict[tuple[str, int], list[Call]] = {}
     for call in calls:
-        if type(call.module) is nn.Linear and call.alone and "forward" not in vars(call.module):
+        if _is_plain_linear(call):
             together.setdefault((_parent(call.path), id(call.x)), []).append(call)
     company: dict[str, set[tuple[str, ...]]] = {}
     for group in together.values():
@@ -77,9 +78,9 @@ class SiblingSite(Site):
         self.path = f"{parent}.{leaves}" if parent else leaves
         self.kind = f"siblings {leaves}"
         self._members: list[Any] = list(members.values())
-        self._merged: _Merged | None = None
+        self._product: _Product | None = None
 
-    def request(self) -> OpRequest:
+    def requests(self) -> tuple[OpRequest, ...]:
         """``linear`` with the merged sizes."""
         first = self._members[0]
         attributes = {
@@ -87,10 +88,11 @@ class SiblingSite(Site):
             "out": sum(m.out_features for m in self._members),
         }
         dtype = str(first.weight.dtype).removeprefix("torch.")
-        return OpRequest(op="linear", dtype=dtype, attributes=attributes)
+        return (OpRequest(op="linear", dtype=dtype, attributes=attributes),)
 
-    def pays(self, provider: OpProvider) -> Support:
+    def pays(self, providers: Providers) -> Support:
         """Yes, but for float32 by plain torch (``benchmarks.cases.fusion_patterns``)."""
+        provider = providers["linear"]
         if provider.kind == "reference" and self._members[0].weight.dtype == torch.float32:
             return Support.no(
                 "plain torch gains nothing from one float32 product: measured x1.00 with 1 "
@@ -101,31 +103,30 @@ class SiblingSite(Site):
         )
 
     @torch.no_grad()
-    def verify(self, provider: OpProvider) -> Evidence:
+    def verify(self, providers: Providers) -> Evidence:
         """Merged product against each member's own, on random rows."""
         first = self._members[0].weight
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(1, TRIAL_ROWS, first.shape[1], generator=generator)
         x = rows.to(first.device, first.dtype)
-        self._merged = _merge(self._members, provider)
+        product = _Product(providers["linear"].call, merge_linears(self._members))
         worst = max(
-            difference(self._merged.take(place, x), member(x))
+            difference(product.take(place, x), member(x))
             for place, member in enumerate(self._members)
         )
         limit = tolerance(first.dtype)
-        if worst > limit:
-            self._merged = None
+        self._product = product if worst <= limit else None
         text = f"largest relative difference {worst:.1e}, limit {limit:.1e}"
         return Evidence(ok=worst <= limit, text=text)
 
     def apply(self) -> None:
         """Make the weights views of the merged matrix, and shadow the members."""
-        merged = self._merged
-        if merged is None:
+        product = self._product
+        if product is None:
             return
-        merged.adopt(self._members)
+        product.merged.adopt()
         for place, member in enumerate(self._members):
-            Shadow(merged.take, place).put(member)
+            Shadow(product.take, place).put(member)
 
     def revert(self) -> None:
         """Uncover the members; their weights stay views, which nothing can tell."""
@@ -134,16 +135,14 @@ class SiblingSite(Site):
 
 
 @dataclass(slots=True)
-class _Merged:
+class _Product:
     """The merged matrix, and the product that members still wait for.
 
     ``x`` is kept until every member took its part, so its identity cannot be reused.
     """
 
     call: Callable[..., Tensor]
-    weight: Tensor
-    bias: Tensor | None
-    spans: list[tuple[int, int]]  # first row and number of rows of each member
+    merged: MergedLinear
     x: Tensor | None = None
     version: int = 0
     result: Tensor | None = None
@@ -158,39 +157,24 @@ class _Merged:
         # condition that fails in every call; there the trial's word must do.
         unversioned = torch.compiler.is_compiling() or x.is_inference()
         version = 0 if unversioned else x._version
-        result = self.result
+        result, merged = self.result, self.merged
         if (
             result is None
             or self.x is not x
             or self.version != version
             or not self.waiting >> place & 1
         ):
-            result = self.call(x, self.weight, self.bias)
+            result = self.call(x, merged.weight, merged.bias)
             self.x, self.version, self.result = x, version, result
-            self.waiting = (1 << len(self.spans)) - 1
+            self.waiting = (1 << len(merged.spans)) - 1
         self.waiting &= ~(1 << place)
         if not self.waiting:
             self.x = self.result = None
-        return result.narrow(-1, *self.spans[place])
-
-    def adopt(self, members: Sequence[Any]) -> None:
-        """Let the members' parameters, the same objects, live in the merged storage."""
-        for member, span in zip(members, self.spans, strict=True):
-            member.weight.data = self.weight.narrow(0, *span)
-            if member.bias is not None and self.bias is not None:
-                member.bias.data = self.bias.narrow(0, *span)
+        return result.narrow(-1, *merged.spans[place])
 
 
-def _merge(members: Sequence[Any], provider: OpProvider) -> _Merged:
-    weight = torch.cat([member.weight.detach() for member in members])
-    sizes = [member.out_features for member in members]
-    bias = None
-    if any(member.bias is not None for member in members):
-        none = [weight.new_zeros(size) for size in sizes]
-        given = [none[i] if m.bias is None else m.bias.detach() for i, m in enumerate(members)]
-        bias = torch.cat(given)
-    starts = itertools.accumulate(sizes, initial=0)
-    return _Merged(provider.call, weight, bias, list(zip(starts, sizes, strict=False)))
+def _is_plain_linear(call: Call) -> bool:
+    return type(call.module) is nn.Linear and call.alone and "forward" not in vars(call.module)
 
 
 def _mergeable(linears: Sequence[Any], taken: set[int]) -> bool:

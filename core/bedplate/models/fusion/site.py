@@ -7,20 +7,25 @@ is global, and ``revert`` leaves the model as it was found.
 
 from __future__ import annotations
 
-__all__ = ["Evidence", "Shadow", "Site", "difference", "tolerance"]
+__all__ = ["Evidence", "Providers", "Shadow", "Site", "difference", "tolerance"]
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from bedplate.contract import OpProvider
 from bedplate.errors import ContractError
 
 if TYPE_CHECKING:
-    from bedplate.contract import OpProvider, OpRequest, Support
+    from bedplate.contract import OpRequest, Support
+
+Providers: TypeAlias = Mapping[str, OpProvider]
+"""Operation → who does it."""
 
 # Relative to the largest value. Two units in the last place for the narrow types, as sums of
 # many products may be taken in another order.
@@ -59,15 +64,15 @@ class Site(ABC):
     kind: str
 
     @abstractmethod
-    def request(self) -> OpRequest:
-        """The operation that the fused form needs."""
+    def requests(self) -> tuple[OpRequest, ...]:
+        """The operations that the fused form needs, each once."""
 
     @abstractmethod
-    def pays(self, provider: OpProvider) -> Support:
-        """Whether the form is worth having with this provider; the reason either way."""
+    def pays(self, providers: Providers) -> Support:
+        """Whether the form is worth having with these providers; the reason either way."""
 
     @abstractmethod
-    def verify(self, provider: OpProvider) -> Evidence:
+    def verify(self, providers: Providers) -> Evidence:
         """Compare the fused form with the module on random data; changes nothing."""
 
     @abstractmethod

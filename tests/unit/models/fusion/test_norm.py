@@ -91,14 +91,14 @@ def test_each_norm_is_a_site_with_the_order_of_its_own_kind():
     holder = Holder(Qwen3RMSNorm(16), Gemma3RMSNorm(16), HalfNorm(16, 1e-6), nn.Linear(16, 16))
     sites = sites_of(holder, torch.randn(2, 16))
     assert [site.path for site in sites] == ["norms.0", "norms.1"]
-    orders = [site.request().attributes["order"] for site in sites]
+    orders = [site.requests()[0].attributes["order"] for site in sites]
     assert orders == ["weight_after_cast", "one_plus_weight_fp32"]
 
 
 def test_like_classes_with_other_settings_are_looked_at_apart():
     holder = Holder(Qwen3RMSNorm(16, eps=1e-6), Qwen3RMSNorm(16, eps=1e-2))
     sites = sites_of(holder, torch.randn(2, 16))
-    assert [site.request().attributes["eps"] for site in sites] == [1e-6, 1e-2]
+    assert [site.requests()[0].attributes["eps"] for site in sites] == [1e-6, 1e-2]
 
 
 def test_a_norm_called_with_two_arguments_anywhere_is_left_alone():
@@ -124,7 +124,7 @@ def test_an_exact_kernel_is_accepted_and_used(dtype):
         used.append(order)
         return rms_norm(x, weight, eps, order)
 
-    assert site.verify(OpProvider(op="rms_norm", provider="k", call=kernel)).ok
+    assert site.verify({"rms_norm": OpProvider(op="rms_norm", provider="k", call=kernel)}).ok
     site.apply()
     used.clear()
     assert torch.equal(holder(x), want)
@@ -142,7 +142,7 @@ def test_a_kernel_with_another_rounding_order_is_refused(dtype):
     def kernel(x, weight, eps, order):
         return rms_norm(x, weight, eps, "weight_fp32")
 
-    evidence = site.verify(OpProvider(op="rms_norm", provider="k", call=kernel))
+    evidence = site.verify({"rms_norm": OpProvider(op="rms_norm", provider="k", call=kernel)})
     assert not evidence.ok
     assert "results differ, limit 0" in evidence.text
 
@@ -150,7 +150,7 @@ def test_a_kernel_with_another_rounding_order_is_refused(dtype):
 def test_a_kernel_of_another_shape_is_refused():
     (site,) = sites_of(Holder(Qwen3RMSNorm(8)).bfloat16(), torch.randn(3, 8).bfloat16())
     provider = OpProvider(op="rms_norm", provider="k", call=lambda x, weight, eps, order: x[0])
-    assert not site.verify(provider).ok
+    assert not site.verify({"rms_norm": provider}).ok
 
 
 def test_a_site_is_not_applied_before_it_is_verified():

@@ -52,7 +52,7 @@ class Counted:
 def fuse_one(block):
     (site,) = sites_of(block)
     linear = Counted()
-    assert site.verify(OpProvider(op="linear", provider="k", call=linear)).ok
+    assert site.verify({"linear": OpProvider(op="linear", provider="k", call=linear)}).ok
     site.apply()
     linear.calls = 0
     return site, linear
@@ -76,8 +76,8 @@ def test_one_product_instead_of_three_and_the_same_result(bias, rows):
 def test_the_request_and_path_say_what_is_merged():
     (site,) = sites_of(Block())
     assert site.path == "q+k+v"
-    assert site.request().attributes == {"in": 6, "out": 8}
-    assert site.request().dtype == "float32"
+    assert site.requests()[0].attributes == {"in": 6, "out": 8}
+    assert site.requests()[0].dtype == "float32"
 
 
 @given(order=st.permutations("qkv"), rows=st.integers(1, 4))
@@ -187,7 +187,7 @@ def test_a_wrong_kernel_is_refused_and_nothing_moves():
     def wrong(x, weight, bias=None):
         return functional.linear(x, weight, bias) * 1.001
 
-    evidence = site.verify(OpProvider(op="linear", provider="k", call=wrong))
+    evidence = site.verify({"linear": OpProvider(op="linear", provider="k", call=wrong)})
     assert not evidence.ok
     assert "limit 1.0e-05" in evidence.text
     assert [p.data_ptr() for p in block.parameters()] == where
