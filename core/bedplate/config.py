@@ -54,7 +54,8 @@ class EngineConfig:
         attention: Name of the attention implementation.
         graphs: Whether passes are recorded and replayed.
         capture_sizes: Request counts to record graphs for, ascending.
-        fusion: ``leaf`` merges sibling linears and norms after proof; ``off`` does not.
+        fusion: How much of a model is replaced by faster forms after proof: ``off`` nothing,
+            ``leaf`` sibling linears and norms, ``block`` whole layers where they are known.
         load_format: ``auto``, ``safetensors``, or ``dummy`` (random weights from a config).
         overlap: Whether the host plans the next step before this one is done.
         seed: Seed of everything random that a request does not seed itself.
@@ -80,7 +81,7 @@ class EngineConfig:
     attention: str | None = None
     graphs: bool | None = None
     capture_sizes: tuple[int, ...] | None = None
-    fusion: Literal["off", "leaf"] = "leaf"
+    fusion: Literal["off", "leaf", "block"] = "block"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     overlap: bool | None = None
     seed: int = 0
@@ -209,7 +210,7 @@ _OPTIONAL_COUNTS = (
 )  # fmt: skip
 _SWITCHES = ("mixed", "prefix_cache", "trust_remote_code", "debug")
 _OPTIONAL_SWITCHES = ("graphs", "overlap")
-_CHOICES = {"fusion": ("off", "leaf"), "load_format": ("auto", "safetensors", "dummy")}
+_CHOICES = {"fusion": ("off", "leaf", "block"), "load_format": ("auto", "safetensors", "dummy")}
 
 
 def _is_integer(value: object) -> bool:

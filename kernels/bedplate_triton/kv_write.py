@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: N803 - constants that are functions are capitals
 """Keys and values of new tokens into their slots, in one launch for both.
 
 Slots are read on the device only, so the write can be recorded. Pools call this from
@@ -21,11 +22,19 @@ from bedplate.errors import ContractError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bedplate_triton.features import Features
+
 _TILE_ELEMENTS = 2048
 
 
 def write_kv(
-    k: Tensor, v: Tensor | None, slots: Tensor, k_pool: Tensor, v_pool: Tensor | None
+    k: Tensor,
+    v: Tensor | None,
+    slots: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor | None,
+    *,
+    features: Features,
 ) -> None:
     """Store ``k[i], v[i]`` at ``slots[i]``, cast to the pool's dtype; nothing waits.
 
@@ -37,6 +46,7 @@ def write_kv(
         slots: ``[T]`` int32 or int64 on the device, contiguous, each within the pool.
         k_pool: ``[num_slots, K, D]``, adjacent in the last dimension; written.
         v_pool: ``[num_slots, K, Dv]``, the same; neither read nor written without ``v``.
+        features: The device.
 
     Raises:
         ContractError: The shapes do not fit each other, or features are not adjacent.
@@ -59,7 +69,7 @@ def write_kv(
         k, v, slots, k_pool, v_pool,
         *k.stride()[:2], *v.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2],
         heads=heads, key_size=key_size, value_size=value_size, tile=tile, block=block,
-        num_warps=4,
+        num_warps=4, **features.chain.arguments(),
     )  # fmt: skip
 
 
@@ -73,14 +83,17 @@ def _check(what: str, rows: Tensor, slots: Tensor, pool: Tensor) -> None:
         raise ContractError(f"{what}, pool and slots must be adjacent in the last dimension")
 
 
-@triton.jit
+# Where slots of a step begin changes its alignment: specialised, that would compile anew.
+@triton.jit(do_not_specialize=["slots"])
 def _write_tokens(
     k, v, slots, k_pool, v_pool,
     k_token, k_head, v_token, v_head, k_slot, k_slot_head, v_slot, v_slot_head,
     heads: tl.constexpr, key_size: tl.constexpr, value_size: tl.constexpr,
-    tile: tl.constexpr, block: tl.constexpr,
+    tile: tl.constexpr, block: tl.constexpr, WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
     """Copy ``tile`` heads of one token."""
+    RELEASE()
+    WAIT()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     head = (tl.program_id(1) * tile + tl.arange(0, tile))[:, None]

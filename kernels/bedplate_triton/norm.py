@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Root-mean-square norm in one kernel, in every rounding order of the reference.
+# ruff: noqa: N803 - constants that are functions are capitals
+"""Norms of rows in one kernel, in every rounding order of the reference, with a sum before.
 
 Each step rounds as torch's own operations do on a device: the square, the sum, its product
 with 1/E, and the rest are separate float32 steps that no fused multiply-add may join. Only
 the order of the sum is this kernel's own; it depends on E alone, so a row has the same bits
-in every batch. Offered through ``bedplate_triton.ops``.
+in every batch. For the same reason the configurations know nothing of the number of rows.
+Offered through ``bedplate_triton.ops``.
 
 Shapes: E features; a row is one E.
 """
 
 from __future__ import annotations
 
-__all__ = ["MAX_SIZE", "rms_norm"]
+__all__ = ["MAX_SIZE", "add_norm", "rms_norm", "weigh"]
 
 from typing import TYPE_CHECKING
 
@@ -20,20 +22,23 @@ import triton
 import triton.language as tl
 
 from bedplate.errors import ContractError
-from bedplate.reference.ops import RMS_NORM_ORDERS
+from bedplate.reference.ops import NORM_ORDERS, RMS_NORM_ORDERS
+from bedplate_triton import configs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+
+    from bedplate_triton.features import Features
 
 MAX_SIZE = 32768
 """Largest E: one program holds a whole row in registers."""
 
-_SHORT_SIZE = 256
-_SHORT_TILE = 1024
-"""Elements of several short rows in one program: eight to a thread."""
 
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, order: str) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, order: str, *, features: Features
+) -> Tensor:
     """See ``bedplate.reference.ops.rms_norm``; one launch, nothing waits.
 
     Args:
@@ -42,6 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, order: str) -> Tensor
         weight: ``[E]``, any float, or ``None`` for the order ``no_weight``.
         eps: Added to the mean square.
         order: One of ``RMS_NORM_ORDERS``.
+        features: The device.
 
     Returns:
         ``[…, E]`` in the dtype of ``x``, new and contiguous.
@@ -50,43 +56,112 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, order: str) -> Tensor
         ContractError: An unknown order, a weight that does not fit it or ``x``, or E above
             ``MAX_SIZE``.
     """
+    _check("rms_norm", RMS_NORM_ORDERS, x.shape[-1], weight, None, order)
+    return _launch(x, None, weight, None, eps, order, features)[0]
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    order: str,
+    *,
+    features: Features,
+) -> tuple[Tensor, Tensor]:
+    """See ``bedplate.reference.ops.add_norm``; one launch, nothing waits.
+
+    Args:
+        x: ``[…, E]``, as in ``rms_norm``.
+        residual: The same shape and dtype, copied first unless contiguous; or ``None``.
+        weight: ``[E]``, any float; ``None`` for the order ``no_weight``, and allowed for
+            ``layer_norm``.
+        bias: ``[E]``, any float, or ``None``; for ``layer_norm`` only.
+        eps: Added to the mean square, or to the variance.
+        order: One of ``NORM_ORDERS``.
+        features: The device.
+
+    Returns:
+        The norm of the sum, and the sum, both in the dtype of ``x``, new and contiguous.
+        Without a residual the sum is ``x`` itself, and nothing is written for it.
+
+    Raises:
+        ContractError: As ``rms_norm``, or a residual or bias that does not fit.
+    """
+    _check("add_norm", NORM_ORDERS, x.shape[-1], weight, bias, order)
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ContractError(
+            f"add_norm got a residual of {list(residual.shape)} {residual.dtype} for "
+            f"{list(x.shape)} {x.dtype}; pass the same shape and dtype"
+        )
+    out, total = _launch(x, residual, weight, bias, eps, order, features)
+    return out, x if total is None else total
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    order: str,
+    features: Features,
+) -> tuple[Tensor, Tensor | None]:
     size = x.shape[-1]
-    _check(size, weight, order)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(out)
     if out.numel() == 0:
-        return out
+        return out, total
     runs = _runs(x)
     if x.stride(-1) != 1 or len(runs) > 2:
         x = x.contiguous()
         runs = _runs(x)
     # Without a run its step is never taken; E has the alignment that other calls have.
     (outer, outer_step), (inner, inner_step) = [(1, size)] * (2 - len(runs)) + runs
-    block = triton.next_power_of_2(size)
-    tile = _SHORT_TILE // block if block <= _SHORT_SIZE else 1
+    config = configs.choose("norm", features, size=size)
+    tile = config["rows"]
     _norm_rows[(triton.cdiv(outer * inner, tile),)](
-        x, None if weight is None else weight.contiguous(), out, eps,
+        x, _contiguous(residual), _contiguous(weight), _contiguous(bias), out, total, eps,
         outer * inner, inner, outer_step, inner_step,
-        order=order, size=size, inverse_size=1.0 / size, tile=tile, block=block,
-        num_warps=min(max(block // 512, 4), 16), enable_fp_fusion=False,
+        order=order, size=size, inverse_size=1.0 / size, tile=tile,
+        block=triton.next_power_of_2(size),
+        num_warps=config["num_warps"], enable_fp_fusion=False, **features.chain.arguments(),
     )  # fmt: skip
-    return out
+    return out, total
 
 
-def _check(size: int, weight: Tensor | None, order: str) -> None:
-    if order not in RMS_NORM_ORDERS:
-        known = ", ".join(RMS_NORM_ORDERS)
-        raise ContractError(f"rms_norm has no rounding order '{order}'; known: {known}")
-    if (weight is None) != (order == "no_weight"):
-        given = "no weight" if weight is None else "a weight"
-        raise ContractError(f"rms_norm got {given} with order '{order}'; pass what it names")
-    if weight is not None and weight.shape != (size,):
-        raise ContractError(
-            f"rms_norm got a weight of {list(weight.shape)} for {size} features; pass [{size}]"
-        )
+def _check(
+    op: str,
+    orders: Sequence[str],
+    size: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    order: str,
+) -> None:
+    if order not in orders:
+        raise ContractError(f"{op} has no rounding order '{order}'; known: {', '.join(orders)}")
+    if order != "layer_norm":
+        if (weight is None) != (order == "no_weight"):
+            given = "no weight" if weight is None else "a weight"
+            raise ContractError(f"{op} got {given} with order '{order}'; pass what it names")
+        if bias is not None:
+            raise ContractError(
+                f"{op} got a bias with order '{order}'; only layer_norm has one"
+            )
+    for what, row in (("weight", weight), ("bias", bias)):
+        if row is not None and row.shape != (size,):
+            raise ContractError(
+                f"{op} got a {what} of {list(row.shape)} for {size} features; pass [{size}]"
+            )
     if size > MAX_SIZE:
         raise ContractError(
-            f"rms_norm holds rows of at most {MAX_SIZE} features, not {size}; use the reference"
+            f"{op} holds rows of at most {MAX_SIZE} features, not {size}; use the reference"
         )
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _runs(x: Tensor) -> list[tuple[int, int]]:
@@ -102,27 +177,52 @@ def _runs(x: Tensor) -> list[tuple[int, int]]:
     return runs
 
 
+@triton.jit
+def weigh(normed, scale, order: tl.constexpr, dtype: tl.constexpr):
+    """Multiply normed numbers by a weight as ``order`` rounds; all float32, in and out.
+
+    What comes out still has to be rounded to ``dtype``, that of the rows.
+    """
+    if order == "weight_after_cast":
+        normed = normed.to(dtype).to(tl.float32)
+    if order == "one_plus_weight_fp32":
+        scale += 1.0
+    return normed * scale
+
+
 # Counts of rows change from step to step: specialised, they would compile while serving.
 @triton.jit(do_not_specialize=["num_rows", "inner"])
 def _norm_rows(
-    x, weight, out, eps, num_rows, inner, outer_step, inner_step,
+    x, residual, weight, bias, out, total, eps, num_rows, inner, outer_step, inner_step,
     order: tl.constexpr, size: tl.constexpr, inverse_size: tl.constexpr,
-    tile: tl.constexpr, block: tl.constexpr,
+    tile: tl.constexpr, block: tl.constexpr, WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
-    """Norm ``tile`` rows; row r starts at its two steps' multiples."""
+    """Norm ``tile`` rows; row r of ``x`` starts at its two steps' multiples."""
+    RELEASE()
+    dtype: tl.constexpr = out.dtype.element_ty
     row = (tl.program_id(0) * tile + tl.arange(0, tile))[:, None]
     column = tl.arange(0, block)[None, :]
     fits = (row < num_rows) & (column < size)
+    if weight is not None:
+        scale = tl.load(weight + column, mask=column < size, other=0.0)
+    if bias is not None:
+        shift = tl.load(bias + column, mask=column < size, other=0.0)
     start = (row // inner).to(tl.int64) * outer_step + (row % inner).to(tl.int64) * inner_step
+    place = row.to(tl.int64) * size + column
+    WAIT()
     wide = tl.load(x + start + column, mask=fits, other=0.0).to(tl.float32)
+    if residual is not None:
+        wide += tl.load(residual + place, mask=fits, other=0.0).to(tl.float32)
+        narrow = wide.to(dtype)
+        tl.store(total + place, narrow, mask=fits)
+        wide = narrow.to(tl.float32)
+    if order == "layer_norm":
+        wide -= tl.sum(wide, axis=1, keep_dims=True) * inverse_size
+        wide = tl.where(column < size, wide, 0.0)
     mean = tl.sum(wide * wide, axis=1, keep_dims=True) * inverse_size
     result = wide * tl.rsqrt(mean + eps)
     if weight is not None:
-        scale = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
-        if order == "weight_after_cast":
-            result = result.to(out.dtype.element_ty).to(tl.float32)
-        if order == "one_plus_weight_fp32":
-            scale += 1.0
-        result *= scale
-    target = out + row.to(tl.int64) * size + column
-    tl.store(target, result.to(out.dtype.element_ty), mask=fits)
+        result = weigh(result, scale.to(tl.float32), order, dtype)
+    if bias is not None:
+        result += shift.to(tl.float32)
+    tl.store(out + place, result.to(dtype), mask=fits)

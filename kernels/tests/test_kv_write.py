@@ -11,9 +11,14 @@ from kernels.tests.offline import compile_launches
 
 from bedplate.errors import ContractError
 from bedplate_triton import kv_write
-from bedplate_triton.kv_write import write_kv
+from bedplate_triton.features import Chain, Features
 
+FEATURES = Features(cores=4)
 NUM_SLOTS = 20
+
+
+def write_kv(k, v, slots, k_pool, v_pool, features=FEATURES):
+    kv_write.write_kv(k, v, slots, k_pool, v_pool, features=features)
 
 
 def rows(*shape, dtype=torch.float32, device="cpu"):
@@ -161,18 +166,31 @@ def test_one_launch_reads_nothing_on_the_host(monkeypatch):
     assert grids == [(100, 1)]
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only the interpreter counts")
+def test_every_program_releases_and_then_waits():
+    calls = []
+    chain = Chain(wait=lambda: calls.append("wait"), release=lambda: calls.append("release"))
+    k, keys = rows(3, 2, 16), pool(2, 16)
+    write_kv(k, k, torch.arange(3), keys, keys.clone(), Features(chain=chain))
+    assert calls == ["release", "wait"] * 3
+
+
 def test_compiles_for_sm_90():
     compiled = compile_launches(
         "bedplate_triton.kv_write",
         "import torch\n"
+        "from bedplate_triton.features import Features\n"
+        "this = {'features': Features()}\n"
         "def empty(*shape, dtype=torch.bfloat16):\n"
         "    return torch.empty(shape, dtype=dtype, device='meta')\n"
         "slots = empty(64, dtype=torch.int32)\n"
         "k, pool = empty(64, 8, 128), empty(5000, 8, 128)\n"
-        "write_kv(k, k, slots, pool, pool)\n"
+        "write_kv(k, k, slots, pool, pool, **this)\n"
+        "write_kv(k[1:], k[1:], slots[1:], pool, pool, **this)\n"
         "fp8 = empty(5000, 8, 128, dtype=torch.float8_e4m3fn)\n"
-        "write_kv(k, k, slots, fp8, fp8)\n"
-        "write_kv(empty(64, 1, 576), None, slots, empty(5000, 1, 576), None)\n",
+        "write_kv(k, k, slots, fp8, fp8, **this)\n"
+        "write_kv(empty(64, 1, 576), None, slots, empty(5000, 1, 576), None, **this)\n",
     )
-    assert [kernel["stack"] for kernel in compiled] == [0, 0, 0]
+    assert [kernel["stack"] for kernel in compiled] == [0, 0, 0, 0]
+    assert compiled[0] == compiled[1]  # slots that begin elsewhere compile nothing new
     assert all(".v4" in kernel["assembly"] for kernel in compiled)

@@ -12,18 +12,22 @@ from kernels.tests.offline import compile_launches
 from bedplate.contract import OpRequest
 from bedplate.errors import ContractError
 from bedplate.reference import ops as reference
-from bedplate.reference.ops import RMS_NORM_ORDERS
+from bedplate.reference.ops import NORM_ORDERS, RMS_NORM_ORDERS
 from bedplate.registry.decisions import DecisionLog
 from bedplate.registry.ops import Operations
 from bedplate_triton import norm
-from bedplate_triton.norm import MAX_SIZE, rms_norm
+from bedplate_triton.features import Chain, Features
+from bedplate_triton.norm import MAX_SIZE, add_norm
 from bedplate_triton.ops import register
 
+FEATURES = Features(cores=4)
 SHAPES = [(64,), (1, 64), (7, 96), (2, 3, 128), (5, 256), (3, 257), (2, 1000), (9, 4096)]
 
-DTYPES = [torch.float32, torch.float16]
-if torch.accelerator.is_available():
-    DTYPES.append(torch.bfloat16)  # the interpreter truncates where it should round
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def rms_norm(x, weight, eps, order):
+    return norm.rms_norm(x, weight, eps, order, features=FEATURES)
 
 
 def draw(shape, dtype, device):
@@ -92,10 +96,40 @@ def test_packed_heads_are_read_in_place(device, monkeypatch):
     assert read[0][0] is x
 
 
+@pytest.mark.parametrize("order", NORM_ORDERS)
+def test_the_sum_is_rounded_before_its_norm(order, device):
+    x, weight = draw((5, 96), torch.bfloat16, device)
+    residual = draw((7, 96), torch.bfloat16, device)[0].flip(0)[:5]
+    weight = None if order == "no_weight" else weight
+    bias = 0.1 * weight if order == "layer_norm" else None
+    want, sums = reference.add_norm(x, residual, weight, bias, 1e-6, order)
+    got, total = add_norm(x, residual, weight, bias, 1e-6, order, features=FEATURES)
+    assert torch.equal(total, sums)
+    assert ulps_apart(got, want) <= 2
+    assert (got != want).float().mean() < 0.02
+
+
+def test_a_strided_sum(device):
+    x = draw((6, 96), torch.bfloat16, device)[0]
+    view, residual = x[:, :48], x[:, 48:]
+    got = add_norm(view, residual, None, None, 1e-6, "no_weight", features=FEATURES)
+    assert torch.equal(got[1], view + residual)
+    assert torch.equal(got[0], rms_norm(got[1], None, 1e-6, "no_weight"))
+
+
+def test_without_a_residual_the_sum_is_the_input(device):
+    x, weight = draw((5, 96), torch.bfloat16, device)
+    got, total = add_norm(x, None, weight, None, 1e-6, "weight_fp32", features=FEATURES)
+    assert total is x
+    assert torch.equal(got, rms_norm(x, weight, 1e-6, "weight_fp32"))
+
+
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)], ids=str)
 def test_no_rows(shape, device):
     x = torch.empty(shape, device=device)
     assert rms_norm(x, None, 1e-6, "no_weight").shape == shape
+    both = add_norm(x, x, None, None, 1e-6, "layer_norm", features=FEATURES)
+    assert [part.shape for part in both] == [shape, shape]
 
 
 @given(rows=st.integers(1, 9), size=st.integers(1, 300))
@@ -126,6 +160,24 @@ def test_refuses_what_does_not_fit(weight, order, match, device):
         rms_norm(torch.ones((2, 8), device=device), weight, 1e-6, order)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"order": "weight_fp16"}, "known: .*, layer_norm"),
+        ({"residual": torch.ones((1, 8))}, r"a residual of \[1, 8\]"),
+        ({"residual": torch.ones((2, 8)).half()}, "float16"),
+        ({"bias": torch.ones(8)}, "only layer_norm has one"),
+        ({"order": "layer_norm", "bias": torch.ones(4)}, r"a bias of \[4\]"),
+        ({"weight": None}, "no weight with order 'weight_fp32'"),
+    ],
+)
+def test_refuses_a_sum_that_does_not_fit(change, match):
+    x = torch.ones((2, 8))
+    fitting = {"x": x, "residual": x, "weight": x[0], "bias": None, "order": "weight_fp32"}
+    with pytest.raises(ContractError, match=match):
+        add_norm(**{**fitting, **change}, eps=1e-6, features=FEATURES)
+
+
 def test_refuses_rows_that_do_not_fit_in_registers(device):
     with pytest.raises(ContractError, match="at most 32768"):
         rms_norm(torch.ones((1, MAX_SIZE + 1), device=device), None, 1e-6, "no_weight")
@@ -147,7 +199,20 @@ def test_one_launch_reads_nothing_on_the_host(monkeypatch):
     seen = launches(monkeypatch)
     x, weight = torch.empty((1000, 128), device="meta"), torch.empty(128, device="meta")
     out = rms_norm(x, weight, 1e-6, "weight_fp32")  # a read from meta raises
-    assert [(call[2] is out, call[-1]) for call in seen] == [(True, (125,))]
+    assert [(call[4] is out, call[-1]) for call in seen] == [(True, (125,))]
+    seen.clear()
+    x = torch.empty((8, 4096), device="meta")
+    add_norm(x, x, x[0], None, 1e-6, "weight_fp32", features=FEATURES)
+    assert [call[-1] for call in seen] == [(8,)]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only the interpreter counts")
+def test_every_program_releases_and_then_waits(monkeypatch):
+    calls = []
+    chain = Chain(wait=lambda: calls.append("wait"), release=lambda: calls.append("release"))
+    x = torch.ones((3, 1000))
+    norm.rms_norm(x, x[0], 1e-6, "weight_fp32", features=Features(chain=chain))
+    assert calls == ["release", "wait"] * 3
 
 
 @pytest.fixture
@@ -177,12 +242,16 @@ def test_offered_where_it_serves(dtype, order, size, chosen, registry):
 def test_compiles_for_sm_90_and_rounds_each_step():
     compiled = compile_launches(
         "bedplate_triton.norm",
+        "from bedplate_triton.features import Features as F\n"
         "for size, order in ((128, 'weight_after_cast'), (2560, 'one_plus_weight_fp32'),\n"
         "                    (4096, 'weight_fp32'), (MAX_SIZE, 'no_weight')):\n"
         "    x = torch.empty((64, size), dtype=torch.bfloat16, device='meta')\n"
-        "    rms_norm(x, None if order == 'no_weight' else x[0], 1e-6, order)",
+        "    rms_norm(x, None if order == 'no_weight' else x[0], 1e-6, order, features=F())\n"
+        "for size in (1024, 16384):\n"
+        "    x = torch.empty((64, size), dtype=torch.bfloat16, device='meta')\n"
+        "    add_norm(x, x, x[0], x[0], 1e-6, 'layer_norm', features=F())",
     )
-    assert len(compiled) == 4
+    assert len(compiled) == 6
     for kernel in compiled:
         assert kernel["stack"] == 0
         assert kernel["shared"] <= 48 << 10

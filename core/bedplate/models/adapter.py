@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from bedplate.batch.forward_batch import ForwardBatch
     from bedplate.contract.attention import AttentionBackend
+    from bedplate.contract.memory import KVPool
     from bedplate.models.spec import ModelSpec
 
 
@@ -39,6 +40,11 @@ class HFModel:
             gets configurations of its own, evaluation mode and no gradients.
         spec: What the probe saw.
         check: Compare every attention call with the spec, and every batch with its shapes.
+
+    Attributes:
+        module: The model.
+        spec: What the probe saw.
+        bridge: Serves its attention calls.
     """
 
     def __init__(self, module: Any, spec: ModelSpec, *, check: bool = False) -> None:
@@ -46,7 +52,7 @@ class HFModel:
         self.spec = spec
         self._check = check
         self._attention: AttentionBackend | None = None
-        self._hidden: Tensor | None = None
+        self._kv_pool: KVPool | None = None
         module.eval().requires_grad_(False)
         hf.isolate_configs(module)
         hf.set_attention(module, hf.ATTENTION_NAME)
@@ -56,11 +62,19 @@ class HFModel:
                 latent.keep_latent(expansion)
         freeze_ropes(module)
         self._seam = PositionSeam(module, spec.position_modules)
-        self._bridge = AttentionBridge(module, spec.calls, check=check)
+        self.bridge = AttentionBridge(module, spec.calls, check=check)
 
-    def bind_attention(self, attention: AttentionBackend) -> None:
-        """Use ``attention`` from the next pass on; its pools were built from ``spec.calls``."""
-        self._attention = attention
+    def bind_attention(
+        self, attention: AttentionBackend, kv_pool: KVPool | None = None
+    ) -> None:
+        """Use ``attention`` from the next pass on.
+
+        Args:
+            attention: Built from ``spec.calls``.
+            kv_pool: Its pool, where fused forms may write keys and values of a decode pass
+                themselves; without it they leave that to the attention.
+        """
+        self._attention, self._kv_pool = attention, kv_pool
 
     def forward(self, batch: ForwardBatch, input_embeds: Tensor | None = None) -> LogitsOutput:
         """Run one pass; ``attention.prepare(batch)`` has been called.
@@ -88,7 +102,7 @@ class HFModel:
             batch.check()
         full = batch.capture_hidden.is_full()
         inner_rows = None if full or not self.spec.takes_logits_to_keep else batch.logits_rows
-        with self._bridge.step(StepContext(batch, self._attention)):
+        with self.bridge.step(StepContext(batch, self._attention, self._kv_pool)):
             output, hidden = self._run(batch, inner_rows, input_embeds)
         logits = output.logits[0]
         if batch.logits_rows is not None and inner_rows is None:

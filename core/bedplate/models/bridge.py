@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bedplate.errors import ContractError
+from bedplate.errors import ContractError, InternalError
 from bedplate.models import latent
 from bedplate.models.transformers_api import register_attention
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from bedplate.batch.forward_batch import ForwardBatch
     from bedplate.contract.attention import AttentionBackend, AttentionCallSpec
+    from bedplate.contract.memory import KVPool
 
 _ATTRIBUTE = "_bedplate_bridge"
 
@@ -42,12 +43,25 @@ class StepContext:
     Attributes:
         batch: The prepared batch.
         attention: The backend that attends.
+        kv_pool: Where a fused form may write keys and values itself; ``None`` = nowhere.
         cursor: Attention calls made so far.
+        deferred: A layer's last output and the residual it was not yet added to; the next
+            layer recognises the output by identity, and adds while it norms.
     """
 
     batch: ForwardBatch
     attention: AttentionBackend
+    kv_pool: KVPool | None = None
     cursor: int = 0
+    deferred: tuple[Tensor, Tensor] | None = None
+
+    def take_residual(self, x: Tensor) -> Tensor | None:
+        """What is still to be added to ``x``; once."""
+        deferred = self.deferred
+        if deferred is None or deferred[0] is not x:
+            return None
+        self.deferred = None
+        return deferred[1]
 
 
 class AttentionBridge:
@@ -80,6 +94,11 @@ class AttentionBridge:
             yield
         finally:
             self._step = None
+        if context.deferred is not None:
+            raise InternalError(
+                "a fused layer left its residual to nobody; please report the model, and run "
+                "it with --fusion leaf until then"
+            )
         if context.cursor != len(self._calls):
             raise ContractError(
                 f"the model made {context.cursor} attention calls where the probe saw "
@@ -110,7 +129,7 @@ class AttentionBridge:
         Returns:
             ``[1, T, H, Dv]``.
         """
-        step, call = self._next(module)
+        step, call = self.next_call(module)
         if attention_mask is not None:
             raise ContractError(
                 f"{call.module} received a mask, but masks are the attention backend's work"
@@ -125,10 +144,24 @@ class AttentionBridge:
             return _unpack(step.attention.forward(q, None, None, call, step.batch, sinks=sinks))
         return _unpack(step.attention.forward(q, k, v, call, step.batch, sinks=sinks))
 
-    def _next(self, module: nn.Module) -> tuple[StepContext, AttentionCallSpec]:
-        step = self._step
-        if step is None:
-            raise ContractError("an attention module ran outside a step of its model")
+    @property
+    def current(self) -> StepContext:
+        """The step under way.
+
+        Raises:
+            ContractError: There is none.
+        """
+        if self._step is None:
+            raise ContractError("a part of the model ran outside a step of its model")
+        return self._step
+
+    def next_call(self, module: nn.Module) -> tuple[StepContext, AttentionCallSpec]:
+        """Count one attention call of ``module``; the step, and the call's description.
+
+        Raises:
+            ContractError: The probe saw another call here.
+        """
+        step = self.current
         if step.cursor >= len(self._calls):
             raise ContractError(
                 f"the model made more than the {len(self._calls)} attention calls that the "

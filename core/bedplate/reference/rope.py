@@ -82,10 +82,10 @@ def qk_norm_rope_write(
         values: ``[slots, K, Dv]``, given with ``keys``.
         slots: ``[T]`` integers; slot 0 swallows padding.
     """
-    for heads, weight in ((q, norm and norm.q_weight), (k, norm and norm.k_weight)):
+    for heads in (q, k):
         out = heads
         if norm is not None:
-            out = _norm_heads(out, weight, norm)
+            out = _norm_heads(out, norm.q_weight if heads is q else norm.k_weight, norm)
         if rope is not None:
             out = apply_rope(out, positions, rope)
         if out is not heads:

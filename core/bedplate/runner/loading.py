@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bedplate import demo
 from bedplate.models.adapter import HFModel
 from bedplate.models.fusion.plan import fuse
+from bedplate.models.fusion.trial import Trial
 from bedplate.models.probe import probe
 from bedplate.models.weights.build import build_module, read_config, resolve_dtype
 from bedplate.models.weights.load import LoadedModel, load_model
@@ -81,9 +82,15 @@ def load_ready(
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
     )
-    fused = fuse(loaded.module, bound.ops, mode=config.fusion)
-    _record(fused.decisions, decisions)
     model = HFModel(loaded.module, spec, check=config.debug)
+    with bound.runtime.inference_guard():
+        fused = fuse(
+            loaded.module,
+            bound.ops,
+            mode=config.fusion,
+            trial=Trial(model, plan.max_context_len),
+        )
+    _record(fused.decisions, decisions)
     return ReadyModel(plan=plan, loaded=loaded, model=model)
 
 

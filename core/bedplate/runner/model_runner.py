@@ -228,7 +228,7 @@ class ModelRunner:
                 max_context_len=self.plan.max_context_len,
             )
         )
-        self.model.bind_attention(self.attention)
+        self.model.bind_attention(self.attention, self.kv_pool)
 
     def init_device_graphs(self) -> None:
         """Capture graphs, if the plan has them."""

@@ -8,9 +8,10 @@ bit with each known order; the order goes to the operation, which must keep it.
 
 from __future__ import annotations
 
-__all__ = ["NormSite", "find_norms", "rounding_order"]
+__all__ = ["KnownNorms", "NormSite", "NormedInput", "find_norms", "rounding_order"]
 
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from bedplate.contract import OpRequest, Support
 from bedplate.models.fusion.site import Evidence, Shadow, Site, difference, tolerance
-from bedplate.reference.ops import RMS_NORM_ORDERS, rms_norm
+from bedplate.reference.ops import RMS_NORM_ORDERS, add_norm, rms_norm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,51 @@ if TYPE_CHECKING:
 
 # Rows so small that eps decides, ordinary ones, and large ones.
 SCALES = (1e-3, 3e-2, 1.0, 30.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormedInput:
+    """How the input of a block comes from the residual stream.
+
+    Attributes:
+        weight: Of the norm, or ``None``.
+        bias: Of a layer norm, or ``None``.
+        eps: Of the norm.
+        order: One of ``bedplate.reference.ops.NORM_ORDERS``.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    order: str
+
+    def of(self, x: Tensor) -> Tensor:
+        """The norm of ``[…, C]`` by plain torch."""
+        return add_norm(x, None, self.weight, self.bias, self.eps, self.order)[0]
+
+
+class KnownNorms:
+    """Which modules are norms that the operation ``add_norm`` computes.
+
+    Args:
+        sites: The root-mean-square norms that were found.
+    """
+
+    def __init__(self, sites: Sequence[NormSite]) -> None:
+        self._sites = {site.path: site for site in sites}
+
+    def of(self, call: Call) -> NormedInput | None:
+        """The numbers of the norm that was called, if it is one."""
+        site = self._sites.get(call.path)
+        if site is not None:
+            return NormedInput(weight=site.weight, bias=None, eps=site.eps, order=site.order)
+        module = call.module
+        if type(module) is not nn.LayerNorm or call.result is None or not call.alone:
+            return None
+        norm = NormedInput(
+            weight=module.weight, bias=module.bias, eps=module.eps, order="layer_norm"
+        )
+        return norm if torch.equal(norm.of(call.x), call.result) else None
 
 
 def find_norms(calls: Sequence[Call]) -> list[NormSite]:
@@ -90,6 +136,10 @@ class NormSite(Site):
         example: An input as the model gives it: dtype, device and last size count.
         order: Its rounding order.
         eps: Added to the mean square.
+
+    Attributes:
+        order: As given.
+        eps: As given.
     """
 
     pattern = "norm"
@@ -102,13 +152,18 @@ class NormSite(Site):
         self._module = module
         self._size = example.shape[-1]
         self._dtype, self._device = example.dtype, example.device
-        self._order, self._eps = order, eps
+        self.order, self.eps = order, eps
         self._call: Shadow | None = None
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The norm's weight, ``None`` for the order ``no_weight``."""
+        return None if self.order == "no_weight" else next(self._module.parameters())
 
     def requests(self) -> tuple[OpRequest, ...]:
         """``rms_norm`` with the order that must be kept."""
         dtype = str(self._dtype).removeprefix("torch.")
-        attributes = {"order": self._order, "size": self._size, "eps": self._eps}
+        attributes = {"order": self.order, "size": self._size, "eps": self.eps}
         return (OpRequest(op="rms_norm", dtype=dtype, attributes=attributes),)
 
     def pays(self, providers: Providers) -> Support:
@@ -116,14 +171,13 @@ class NormSite(Site):
         provider = providers["rms_norm"]
         if provider.kind == "reference":
             return Support.no("only the reference has it, which computes what the module does")
-        return Support.yes(f"one kernel by {provider.provider}, order {self._order}")
+        return Support.yes(f"one kernel by {provider.provider}, order {self.order}")
 
     @torch.no_grad()
     def verify(self, providers: Providers) -> Evidence:
         """The operation against the module with its own weights, on random data."""
-        weight = None if self._order == "no_weight" else next(self._module.parameters())
         call = providers["rms_norm"].call
-        self._call = Shadow(call, weight=weight, eps=self._eps, order=self._order)
+        self._call = Shadow(call, weight=self.weight, eps=self.eps, order=self.order)
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(len(SCALES), 3, self._size, generator=generator)
         x = (x * torch.tensor(SCALES)[:, None, None]).to(self._device, self._dtype)

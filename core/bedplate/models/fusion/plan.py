@@ -13,21 +13,31 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bedplate.contract import Candidate, Decision, OpRegistry
 from bedplate.errors import BackendError, ConfigError
+from bedplate.models.fusion.attention_block import find_attention_blocks
 from bedplate.models.fusion.calls import observe, trial_forward
+from bedplate.models.fusion.glu import find_glus
+from bedplate.models.fusion.linear import find_linears
 from bedplate.models.fusion.norm import find_norms
+from bedplate.models.fusion.residual import find_final_norm, find_layers
+from bedplate.models.fusion.rope import find_rotaries
 from bedplate.models.fusion.siblings import find_siblings
 from bedplate.models.fusion.site import Site, difference
 
+if TYPE_CHECKING:
+    from bedplate.models.fusion.calls import Call
+    from bedplate.models.fusion.trial import Trial
+
 logger = logging.getLogger(__name__)
 
-FusionMode = Literal["off", "leaf"]
+FusionMode = Literal["off", "leaf", "block"]
 Verdict = Literal["chosen", "possible", "refused", "failed"]
 Run = Callable[[nn.Module], Tensor]
 
@@ -72,8 +82,9 @@ def fuse(
     module: nn.Module,
     ops: OpRegistry,
     *,
-    mode: FusionMode = "leaf",
+    mode: FusionMode = "block",
     run: Run = trial_forward,
+    trial: Trial | None = None,
 ) -> FusionPlan:
     """Fuse what pays and is proven right; call after loading and before graph capture.
 
@@ -83,8 +94,11 @@ def fuse(
         module: A model in evaluation mode, with its weights. Its parameters stay the same
             objects; sibling weights move, once, into merged storage.
         ops: Whose providers do the work.
-        mode: ``off`` leaves the model alone.
+        mode: ``off`` leaves the model alone; ``leaf`` merges sibling linears and swaps norms;
+            ``block`` also replaces attention blocks, gated blocks and whole layers.
         run: One tiny forward that returns logits; called a few times.
+        trial: Runs the model as it will run; blocks with attention are found only in it.
+            Takes the place of ``run``.
 
     Raises:
         ConfigError: Unknown mode.
@@ -95,16 +109,22 @@ def fuse(
     if mode == "off":
         return FusionPlan(decisions=(_whole("off", "asked for", "possible"),), sites=())
     try:
-        reference, calls = observe(module, run)
+        runs: list[Run] = [run]
+        if trial is not None:
+            runs = [trial.run, partial(trial.run, tokens=1)]
+        # The longest run last seen is the one that the trial remembers.
+        references = [run(module) for run in runs[1:]]
+        reference, calls = observe(module, runs[0])
+        references.insert(0, reference)
     except Exception as error:
         reason = f"the trial forward raised {type(error).__name__}: {error}"
         return FusionPlan(decisions=(_whole("off", reason, "failed"),), sites=())
-    decisions = [_whole("leaf", "sites are verified one by one", "chosen")]
+    decisions = [_whole(mode, "sites are verified one by one", "chosen")]
     used: list[Site] = []
-    for kind in _kinds([*find_siblings(calls), *find_norms(calls)]):
+    for kind in _kinds(_find(calls, mode, trial)):
         results = [_try(site, ops) for site in kind]
         applied = [site for site, (_, ok) in zip(kind, results, strict=True) if ok]
-        broken = _check_model(module, run, reference) if applied else ""
+        broken = _check_model(module, runs, references) if applied else ""
         if broken:
             for site in applied:
                 site.revert()
@@ -114,6 +134,23 @@ def fuse(
     plan = FusionPlan(decisions=tuple(decisions), sites=tuple(used))
     logger.info("fusion: %s", plan.counts() or "nothing pays here")
     return plan
+
+
+def _find(calls: Sequence[Call], mode: FusionMode, trial: Trial | None) -> list[Site]:
+    """All sites, what others build upon first."""
+    norms, siblings = find_norms(calls), find_siblings(calls)
+    sites: list[Site] = [*siblings, *norms, *find_linears(calls, siblings)]
+    if mode == "leaf":
+        return sites
+    blocks = find_glus(calls)
+    if trial is None:
+        return [*sites, *blocks]
+    attentions = find_attention_blocks(calls, norms, trial)
+    bridge = trial.model.bridge
+    layers = find_layers(calls, norms, attentions, blocks, bridge)
+    final = find_final_norm(calls, norms, layers, bridge)
+    rotaries = find_rotaries(calls, attentions)
+    return [*sites, *blocks, *attentions, *rotaries, *final, *layers]
 
 
 def _kinds(sites: Sequence[Site]) -> list[list[Site]]:
@@ -142,14 +179,14 @@ def _try(site: Site, ops: OpRegistry) -> tuple[Decision, bool]:
     return _decision(site, "chosen", f"{pays.reason}; {evidence.text}"), True
 
 
-def _check_model(module: nn.Module, run: Run, reference: Tensor) -> str:
+def _check_model(module: nn.Module, runs: Sequence[Run], references: Sequence[Tensor]) -> str:
     """Why the whole model is no longer right; empty if it is."""
     try:
         with torch.no_grad():
-            worst = difference(run(module), reference)
+            gaps = [difference(run(module), r) for run, r in zip(runs, references, strict=True)]
     except Exception as error:
         return f"the model raised {type(error).__name__}: {error}"
-    limit = MODEL_LIMITS.get(reference.dtype, 0.0)
+    worst, limit = max(gaps), MODEL_LIMITS.get(references[0].dtype, 0.0)
     return "" if worst <= limit else f"logits differ by {worst:.1e}, limit {limit:.1e}"
 
 
@@ -167,11 +204,13 @@ def _decision(site: Site, verdict: Verdict, why: str) -> Decision:
     )
 
 
-def _whole(chosen: FusionMode, reason: str, leaf: Verdict) -> Decision:
+def _whole(chosen: FusionMode, reason: str, verdict: Verdict) -> Decision:
+    """The decision about all of fusion; with ``off``, against what would have been tried."""
     own = Candidate(
         name="off",
         verdict="chosen" if chosen == "off" else "possible",
         reason="every module runs as transformers wrote it",
     )
-    candidates = (Candidate(name="leaf", verdict=leaf, reason=reason), own)
+    name = "block" if chosen == "off" else chosen
+    candidates = (Candidate(name=name, verdict=verdict, reason=reason), own)
     return Decision(point="fusion", chosen=chosen, candidates=candidates)

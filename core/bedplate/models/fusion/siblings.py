@@ -69,6 +69,9 @@ class SiblingSite(Site):
     Args:
         parent: Path of the module that owns the members.
         members: Path → linear, in the order of their calls; the order of the merged rows.
+
+    Attributes:
+        members: The linears.
     """
 
     pattern = "siblings"
@@ -77,15 +80,15 @@ class SiblingSite(Site):
         leaves = "+".join(path.rpartition(".")[2] for path in members)
         self.path = f"{parent}.{leaves}" if parent else leaves
         self.kind = f"siblings {leaves}"
-        self._members: list[Any] = list(members.values())
+        self.members: tuple[Any, ...] = tuple(members.values())
         self._product: _Product | None = None
 
     def requests(self) -> tuple[OpRequest, ...]:
         """``linear`` with the merged sizes."""
-        first = self._members[0]
+        first = self.members[0]
         attributes = {
             "in": first.in_features,
-            "out": sum(m.out_features for m in self._members),
+            "out": sum(m.out_features for m in self.members),
         }
         dtype = str(first.weight.dtype).removeprefix("torch.")
         return (OpRequest(op="linear", dtype=dtype, attributes=attributes),)
@@ -93,26 +96,26 @@ class SiblingSite(Site):
     def pays(self, providers: Providers) -> Support:
         """Yes, but for float32 by plain torch (``benchmarks.cases.fusion_patterns``)."""
         provider = providers["linear"]
-        if provider.kind == "reference" and self._members[0].weight.dtype == torch.float32:
+        if provider.kind == "reference" and self.members[0].weight.dtype == torch.float32:
             return Support.no(
                 "plain torch gains nothing from one float32 product: measured x1.00 with 1 "
                 "token and x1.01 with 32, where bfloat16 has x1.03 and x1.04"
             )
         return Support.yes(
-            f"one product instead of {len(self._members)}, by {provider.provider}"
+            f"one product instead of {len(self.members)}, by {provider.provider}"
         )
 
     @torch.no_grad()
     def verify(self, providers: Providers) -> Evidence:
         """Merged product against each member's own, on random rows."""
-        first = self._members[0].weight
+        first = self.members[0].weight
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(1, TRIAL_ROWS, first.shape[1], generator=generator)
         x = rows.to(first.device, first.dtype)
-        product = _Product(providers["linear"].call, merge_linears(self._members))
+        product = _Product(providers["linear"].call, merge_linears(self.members))
         worst = max(
             difference(product.take(place, x), member(x))
-            for place, member in enumerate(self._members)
+            for place, member in enumerate(self.members)
         )
         limit = tolerance(first.dtype)
         self._product = product if worst <= limit else None
@@ -125,12 +128,12 @@ class SiblingSite(Site):
         if product is None:
             return
         product.merged.adopt()
-        for place, member in enumerate(self._members):
+        for place, member in enumerate(self.members):
             Shadow(product.take, place).put(member)
 
     def revert(self) -> None:
         """Uncover the members; their weights stay views, which nothing can tell."""
-        for member in self._members:
+        for member in self.members:
             Shadow.remove(member)
 
 

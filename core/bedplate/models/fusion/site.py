@@ -84,7 +84,7 @@ class Site(ABC):
         """Give the modules their own ``forward`` back."""
 
 
-class Shadow(partial[Tensor]):
+class Shadow(partial[Any]):
     """A ``forward`` of one module instance, without a Python frame of its own.
 
     Copying a module would copy the shadow, which reads the weights of the original; so
