@@ -14,7 +14,9 @@ G = H / K, D head size, Dv value size, R rows of C slots.
 
 from __future__ import annotations
 
-__all__ = ["extend_attention", "meta", "supports"]
+__all__ = ["extend_attention", "supports"]
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -22,27 +24,19 @@ import triton.language as tl
 from torch import Tensor
 
 from bedplate.contract.decisions import Support
+from bedplate_triton import configs
+from bedplate_triton.decode_attention import LOG2E, column_blocks, load_slots
 
-_LOG2E = tl.constexpr(1.4426950408889634)
+if TYPE_CHECKING:
+    from bedplate_triton.features import Features
+
+_LN2 = tl.constexpr(0.6931471805599453)
 _LIMITS = {
     torch.bfloat16: (576, 512),
     torch.float16: (576, 512),
     torch.float32: (256, 256),
 }
 """Largest D and Dv by dtype."""
-_TILES = ((192, 128, 64, 8, 2), (256, 128, 32, 8, 2), (1024, 64, 32, 8, 2))
-_EXACT_TILES = ((128, 32, 32, 8, 1), (1024, 16, 32, 8, 1))
-"""Columns of a key or value up to which: query rows, keys, warps, stages."""
-
-
-def split(head_dim: int) -> tuple[int, int]:
-    """Powers of two that cover D: the main part, and the tail (0 if there is none).
-
-    80 is 64 + 16 and 576 is 512 + 64, which wastes less than 128 and 1,024.
-    """
-    whole = max(16, triton.next_power_of_2(head_dim))
-    tail = max(16, triton.next_power_of_2(max(1, head_dim - whole // 2)))
-    return (whole // 2, tail) if whole >= 32 and tail < whole // 2 else (whole, 0)
 
 
 def supports(head_dim: int, value_dim: int, dtype: torch.dtype) -> Support:
@@ -56,12 +50,85 @@ def supports(head_dim: int, value_dim: int, dtype: torch.dtype) -> Support:
     return Support.yes()
 
 
-def meta(head_dim: int, value_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile and launch choices: ``BLOCK_M``, ``BLOCK_N``, ``num_warps``, ``num_stages``."""
-    widest = max(sum(split(head_dim)), triton.next_power_of_2(value_dim))
-    tiles = _EXACT_TILES if dtype == torch.float32 else _TILES
-    choice = next(choice for most, *choice in tiles if widest <= most)
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), choice, strict=True))
+def extend_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    rows: Tensor,
+    seq_lens: Tensor,
+    start_loc: Tensor,
+    extend_lens: Tensor,
+    out: Tensor,
+    lse: Tensor | None = None,
+    *,
+    features: Features,
+    max_extend_len: int,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    invariant: bool = False,
+) -> None:
+    """Attend the last ``extend_lens[b]`` tokens of every request to all its visible tokens.
+
+    Query i of request b stands at position ``seq_lens[b] − extend_lens[b] + i``.  Requests
+    with ``extend_lens`` 0 write nothing.  All tensors are on the device and the caller's;
+    nothing is allocated and nothing read on the host.
+
+    Args:
+        q: ``[T, H, D]`` with any strides, the last one 1.
+        k_pool: ``[slots, K, D]``, last stride 1; another dtype is converted to that of ``q``.
+        v_pool: ``[slots, K, Dv]``, likewise; may be a view of ``k_pool``.
+        req_to_token: ``[R, C]`` int32; slot of every token, last stride 1.
+        rows: ``[B]`` int32; row of ``req_to_token`` of each request.
+        seq_lens: ``[B]`` int32; tokens with the new ones.
+        start_loc: ``[B]`` int32; first row of each request in ``q`` and ``out``.
+        extend_lens: ``[B]`` int32; new tokens.
+        out: ``[T, H, Dv]``, written; last stride 1.
+        lse: ``[T, H]`` float32 contiguous; gets the natural log of the sum of exponentials of
+            the scores, a sink's included.
+        features: The device.
+        max_extend_len: At least the largest of ``extend_lens``; sizes the grid.
+        scale: Multiplier of the scores.
+        causal: Whether later keys are hidden.
+        window: A query at p sees keys at positions > p − window; 0 = all.
+        chunk: A query sees keys of its own ``position // chunk`` only; 0 = all.
+        softcap: Scores become ``softcap · tanh(scores / softcap)``; 0 = they stay.
+        sinks: ``[H]`` logits that join the softmax and are dropped, or ``None``.
+        k_scale: What a stored key is multiplied by.
+        v_scale: What a stored value is multiplied by.
+        invariant: Whether a token's result has the same bits however many tokens are new,
+            whatever the other requests and ``max_extend_len``; slower.
+    """
+    (_, heads, head_dim), (_, kv_heads, value_dim) = q.shape, v_pool.shape
+    group = heads // kv_heads
+    key = {"head_dim": head_dim, "value_dim": value_dim, "group": group}
+    key |= {"bytes": q.element_size(), "invariant": invariant}
+    if not invariant:  # packed rows of the longest extension, as a class
+        key["rows"] = triton.next_power_of_2(max(1, max_extend_len * group))
+    choice = configs.choose("extend_attention", features, **key)
+    options = choice.pop("options")
+    tiles = triton.cdiv(max_extend_len * group, choice["BLOCK_M"])
+    if not tiles or not len(rows):
+        return
+    main, tail = column_blocks(head_dim)
+    shared = v_pool.data_ptr() == k_pool.data_ptr() and v_pool.stride() == k_pool.stride()
+    _extend_kernel[(tiles * kv_heads, len(rows))](
+        q, k_pool, v_pool, req_to_token, rows, seq_lens, start_loc, extend_lens, out, lse,
+        sinks, scale * k_scale, v_scale, *q.stride()[:2], req_to_token.stride(0),
+        *out.stride()[:2],
+        K_T=k_pool.stride(0), K_H=k_pool.stride(1), V_T=v_pool.stride(0), V_H=v_pool.stride(1),
+        KV_HEADS=kv_heads, GROUP=group, D=head_dim, DV=value_dim, D_MAIN=main, D_TAIL=tail,
+        DV_PAD=max(16, triton.next_power_of_2(value_dim)), CAUSAL=causal, WINDOW=window,
+        CHUNK=chunk, SOFTCAP=softcap, VALUE_IN_KEY=shared and value_dim == main,
+        INVARIANT=invariant, enable_fp_fusion=not invariant,
+        **choice, **options, **features.chain.arguments(),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -88,9 +155,11 @@ def _end_key(position, length, CAUSAL: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _load(pool, slots, stride, columns, inside, SIZE: tl.constexpr, MASKED: tl.constexpr):
+def _load(
+    pool, slots, columns, inside, STRIDE: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr
+):
     """Rows of a pool ``[BLOCK_N, columns]``; zero where there is no key or no column."""
-    where = pool + slots[:, None] * stride + columns[None, :]
+    where = pool + slots[:, None].to(tl.int64) * STRIDE + columns[None, :]
     if columns.shape[0] > SIZE:
         if MASKED:
             return tl.load(where, mask=inside[:, None] & (columns < SIZE)[None, :], other=0.0)
@@ -102,35 +171,38 @@ def _load(pool, slots, stride, columns, inside, SIZE: tl.constexpr, MASKED: tl.c
 
 @triton.jit
 def _sweep(
-    acc, total, peak, start, stop, q, q_tail, table, k_pool, v_pool, k_stride, v_stride,
-    scale, first, end, last_end,
+    acc, total, peak, start, stop, q, q_tail, table, k_pool, v_pool, scale, first, end,
+    lowest, last_end,
+    K_T: tl.constexpr, V_T: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
     DV_PAD: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
     VALUE_IN_KEY: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys ``[start, stop)``; peak and scores are in base 2."""
+    """Online softmax over the keys ``[start, stop)``; peak and scores are in base 2.
+
+    Of these, the tile's rows see keys of ``[lowest, last_end)`` only.
+    """
     lanes = tl.arange(0, BLOCK_N)
     main = tl.arange(0, D_MAIN)
+    ahead = load_slots(table, start, stop, BLOCK_N)
     for at in tl.range(start, stop, BLOCK_N):
         keys = at + lanes
-        inside = keys < last_end
-        if MASKED:
-            slots = tl.load(table + keys, mask=inside, other=0).to(tl.int64)
-        else:
-            slots = tl.load(table + keys).to(tl.int64)
-        k = _load(k_pool, slots, k_stride, main, inside, D, MASKED).to(q.dtype)
+        inside = (keys >= lowest) & (keys < last_end)
+        slots = ahead
+        ahead = load_slots(table, at + BLOCK_N, stop, BLOCK_N)
+        k = _load(k_pool, slots, main, inside, K_T, D, MASKED).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if D_TAIL > 0:
             tail = tl.arange(0, D_TAIL)
-            rest = _load(k_pool + D_MAIN, slots, k_stride, tail, inside, D - D_MAIN, MASKED)
+            rest = _load(k_pool + D_MAIN, slots, tail, inside, K_T, D - D_MAIN, MASKED)
             rest = rest.to(q.dtype)
             scores = tl.dot(q_tail, tl.trans(rest), scores, input_precision="ieee")
         if SOFTCAP > 0:
             # tanh by exp2, as tanh itself is a vendor's library function.
-            doubled = tl.exp2(scores * (scale * (2 * _LOG2E / SOFTCAP)))
-            scores = (1 - 2 / (doubled + 1)) * (SOFTCAP * _LOG2E)
+            doubled = tl.exp2(scores * (scale * (2 * LOG2E / SOFTCAP)))
+            scores = (1 - 2 / (doubled + 1)) * (SOFTCAP * LOG2E)
         else:
-            scores = scores * (scale * _LOG2E)
+            scores = scores * (scale * LOG2E)
         if MASKED:
             seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < end[:, None])
             scores = tl.where(seen, scores, float("-inf"))
@@ -147,7 +219,7 @@ def _sweep(
             v = k
         else:
             wide = tl.arange(0, DV_PAD)
-            v = _load(v_pool, slots, v_stride, wide, inside, DV, MASKED).to(q.dtype)
+            v = _load(v_pool, slots, wide, inside, V_T, DV, MASKED).to(q.dtype)
         acc = tl.dot(probs.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         peak = new_peak
     return acc, total, peak
@@ -155,24 +227,27 @@ def _sweep(
 
 @triton.jit
 def _extend_kernel(
-    q, k_pool, v_pool, req_to_token, rows, seq_lens, start_loc, extend_lens, out, sinks, scale,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride,
-    out_stride, out_head_stride,
+    q, k_pool, v_pool, req_to_token, rows, seq_lens, start_loc, extend_lens, out, lse, sinks,
+    scale, v_scale, q_stride, q_head_stride, table_stride, out_stride, out_head_stride,
+    K_T: tl.constexpr, K_H: tl.constexpr, V_T: tl.constexpr, V_H: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, DV_PAD: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
-    VALUE_IN_KEY: tl.constexpr,
+    VALUE_IN_KEY: tl.constexpr, INVARIANT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
     """Program (tile · K + key/value head, request): ``BLOCK_M`` query rows of one head."""
+    RELEASE()
     request = tl.program_id(1)
     head = (tl.program_id(0) % KV_HEADS).to(tl.int64)  # a stride of heads may span the pool
+    WAIT()
     count = tl.load(extend_lens + request)
+    length = tl.load(seq_lens + request)
     # The last rows see the most keys: they start first, so that the device ends evenly.
     tile = tl.cdiv(count * GROUP, BLOCK_M) - 1 - tl.program_id(0) // KV_HEADS
     if tile < 0:
         return
-    length = tl.load(seq_lens + request)
     past = length - count
     row0 = tile * BLOCK_M
     row = row0 + tl.arange(0, BLOCK_M)
@@ -200,89 +275,41 @@ def _extend_kernel(
     free_end = free + spare // BLOCK_N * BLOCK_N
 
     table = req_to_token + tl.load(rows + request).to(tl.int64) * table_stride
-    k_head = k_pool + head * k_head_stride
-    v_head = v_pool + head * v_head_stride
+    k_head = k_pool + head * K_H
+    v_head = v_pool + head * V_H
     acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
     if sinks is None:
         total = tl.zeros([BLOCK_M], tl.float32)
         peak = total - float("inf")
     else:
         total = tl.zeros([BLOCK_M], tl.float32) + 1
-        peak = tl.load(sinks + query_head).to(tl.float32) * _LOG2E
-    bounds = (start, free, free_end, stop)
-    for part in tl.static_range(3):
-        if part > 0 or WINDOW + CHUNK > 0:  # without them, every row sees key 0
-            acc, total, peak = _sweep(
-                acc, total, peak, bounds[part], bounds[part + 1], q_main, q_tail, table, k_head,
-                v_head, k_stride, v_stride, scale, first, end, stop, D, DV, D_MAIN, D_TAIL,
-                DV_PAD, BLOCK_N, SOFTCAP, VALUE_IN_KEY, part != 1,
-            )  # fmt: skip
+        peak = tl.load(sinks + query_head).to(tl.float32) * LOG2E
+    if INVARIANT:
+        # A row meets the same blocks in every pass, through one piece of code; a block of
+        # which it sees nothing leaves its numbers as they are.
+        acc, total, peak = _sweep(
+            acc, total, peak, start // BLOCK_N * BLOCK_N, stop, q_main, q_tail, table, k_head,
+            v_head, scale, first, end, start, stop, K_T, V_T, D, DV, D_MAIN, D_TAIL,
+            DV_PAD, BLOCK_N, SOFTCAP, VALUE_IN_KEY, True,
+        )  # fmt: skip
+    else:
+        bounds = (start, free, free_end, stop)
+        for part in tl.static_range(3):
+            if part > 0 or WINDOW + CHUNK > 0:  # without them, every row sees key 0
+                acc, total, peak = _sweep(
+                    acc, total, peak, bounds[part], bounds[part + 1], q_main, q_tail, table,
+                    k_head, v_head, scale, first, end, start, stop, K_T, V_T, D, DV, D_MAIN,
+                    D_TAIL, DV_PAD, BLOCK_N, SOFTCAP, VALUE_IN_KEY, part != 1,
+                )  # fmt: skip
     columns = tl.arange(0, DV_PAD)
+    real = row < count * GROUP
     where = out + packed * out_stride + query_head * out_head_stride
+    result = acc / tl.where(total > 0, total, 1.0)[:, None] * v_scale
     tl.store(
-        where[:, None] + columns[None, :],
-        (acc / total[:, None]).to(out.dtype.element_ty),
-        mask=(row < count * GROUP)[:, None] & (columns < DV)[None, :],
-    )
-
-
-def extend_attention(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    req_to_token: Tensor,
-    rows: Tensor,
-    seq_lens: Tensor,
-    start_loc: Tensor,
-    extend_lens: Tensor,
-    out: Tensor,
-    *,
-    max_extend_len: int,
-    scale: float,
-    causal: bool = True,
-    window: int = 0,
-    chunk: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> None:
-    """Attend the last ``extend_lens[b]`` tokens of every request to all its visible tokens.
-
-    Query i of request b stands at position ``seq_lens[b] − extend_lens[b] + i``.  Requests
-    with ``extend_lens`` 0 write nothing.  All tensors are on the device and the caller's;
-    nothing is allocated and nothing read on the host.
-
-    Args:
-        q: ``[T, H, D]`` with any strides, the last one 1.
-        k_pool: ``[slots, K, D]``, last stride 1; another dtype is converted to that of ``q``.
-        v_pool: ``[slots, K, Dv]``, likewise; may be a view of ``k_pool``.
-        req_to_token: ``[R, C]`` int32; slot of every token, last stride 1.
-        rows: ``[B]`` int32; row of ``req_to_token`` of each request.
-        seq_lens: ``[B]`` int32; tokens with the new ones.
-        start_loc: ``[B]`` int32; first row of each request in ``q`` and ``out``.
-        extend_lens: ``[B]`` int32; new tokens.
-        out: ``[T, H, Dv]``, written; last stride 1.
-        max_extend_len: At least the largest of ``extend_lens``; sizes the grid.
-        scale: Multiplier of the scores.
-        causal: Whether later keys are hidden.
-        window: A query at p sees keys at positions > p − window; 0 = all.
-        chunk: A query sees keys of its own ``position // chunk`` only; 0 = all.
-        softcap: Scores become ``softcap · tanh(scores / softcap)``; 0 = they stay.
-        sinks: ``[H]`` logits that join the softmax and are dropped, or ``None``.
-    """
-    (_, heads, head_dim), (_, kv_heads, value_dim) = q.shape, v_pool.shape
-    choice = meta(head_dim, value_dim, q.dtype)
-    main, tail = split(head_dim)
-    group = heads // kv_heads
-    tiles = triton.cdiv(max_extend_len * group, choice["BLOCK_M"])
-    if not tiles or not len(rows):
-        return
-    shared = v_pool.data_ptr() == k_pool.data_ptr() and v_pool.stride() == k_pool.stride()
-    _extend_kernel[(tiles * kv_heads, len(rows))](
-        q, k_pool, v_pool, req_to_token, rows, seq_lens, start_loc, extend_lens, out, sinks,
-        scale, *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2],
-        req_to_token.stride(0), *out.stride()[:2],
-        KV_HEADS=kv_heads, GROUP=group, D=head_dim, DV=value_dim, D_MAIN=main, D_TAIL=tail,
-        DV_PAD=max(16, triton.next_power_of_2(value_dim)), CAUSAL=causal, WINDOW=window,
-        CHUNK=chunk, SOFTCAP=softcap, VALUE_IN_KEY=shared and value_dim == main,
-        **choice,
+        where[:, None] + columns[None, :], result.to(out.dtype.element_ty),
+        mask=real[:, None] & (columns < DV)[None, :],
     )  # fmt: skip
+    if lse is not None:
+        heads: tl.constexpr = KV_HEADS * GROUP
+        sums = (peak + tl.log2(total)) * _LN2
+        tl.store(lse + packed * heads + query_head, sums, mask=real)

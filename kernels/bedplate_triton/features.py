@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import triton
+import triton.language as tl  # noqa: F401 - the interpreter wants to see it here
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -38,7 +38,12 @@ if TYPE_CHECKING:
 
 NOT_A_NUMBER = tl.constexpr(reference.NOT_A_NUMBER)
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LOWEST = {
+    torch.bfloat16: ~0x7F80,
+    torch.float16: ~0x7C00,
+    torch.float32: ~0x7F800000,
+}
+"""Key of minus infinity: see ``_key``."""
 _NOWHERE = tl.constexpr(2**31 - 1)
 """Behind every place."""
 _ROUNDING = tl.constexpr(0.99)
@@ -93,8 +98,9 @@ def sample_tokens(
         logits, rows, seq_lens, tables.temperature, tables.top_k, tables.top_p, tables.min_p,
         tables.seed, peaks, places, sums, candidates, candidate_places, tokens, last_tokens,
         logits.stride(0), vocabulary, blocks,
-        BLOCK=sizes["BLOCK"], BLOCK_N=triton.next_power_of_2(blocks), TILE=sizes["TILE"],
-        ROOM=sizes["ROOM"], num_warps=sizes["row_warps"], **features.chain.arguments(),
+        LOWEST=_LOWEST[logits.dtype], BLOCK=sizes["BLOCK"],
+        BLOCK_N=triton.next_power_of_2(blocks), TILE=sizes["TILE"], ROOM=sizes["ROOM"],
+        num_warps=sizes["row_warps"], **features.chain.arguments(),
     )  # fmt: skip
     return tokens
 
@@ -102,9 +108,9 @@ def sample_tokens(
 def _check(
     logits: Tensor, rows: Tensor, seq_lens: Tensor, tables: SamplingTables, last_tokens: Tensor
 ) -> None:
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in _LOWEST:
         raise UnsupportedError(
-            f"sample_tokens takes logits of at most 32 bits, not {logits.dtype}; cast them"
+            f"sample_tokens takes logits in float32 or narrower, not {logits.dtype}; cast them"
         )
     size = len(logits)
     if rows.shape != (size,) or seq_lens.shape != (size,):
@@ -163,8 +169,8 @@ def _blocks_kernel(
 def _rows_kernel(
     logits, rows, seq_lens, temperatures, top_ks, top_ps, min_ps, seeds,
     peaks, places, sums, candidates, candidate_places, tokens, last_tokens, logits_s,
-    V, N, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
-    ROOM: tl.constexpr, WAIT: tl.constexpr, RELEASE: tl.constexpr,
+    V, N, LOWEST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr, ROOM: tl.constexpr, WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
     """Choose the token of one row."""
     RELEASE()
@@ -191,7 +197,7 @@ def _rows_kernel(
                 _uniform(tl.load(seeds + request), tl.load(seq_lens + row)),
                 tl.load(top_ks + request), tl.load(top_ps + request),
                 tl.load(min_ps + request), candidates + row * ROOM,
-                candidate_places + row * ROOM, V, N, BLOCK, BLOCK_N, TILE, ROOM,
+                candidate_places + row * ROOM, V, N, LOWEST, BLOCK, BLOCK_N, TILE, ROOM,
             )  # fmt: skip
     token = tl.where(lost, NOT_A_NUMBER, token).to(tl.int64)
     tl.store(tokens + row, token)
@@ -201,7 +207,7 @@ def _rows_kernel(
 @triton.jit
 def _draw(
     logits, peaks, mass, best, heat, u, top_k, top_p, min_p,
-    candidates, candidate_places, V, N,
+    candidates, candidate_places, V, N, LOWEST: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """Token of a random row whose blocks weigh ``mass``.
@@ -209,8 +215,6 @@ def _draw(
     With or without filters: where to look, what stays there, and the weight to pass.
     """
     dtype: tl.constexpr = logits.dtype.element_ty
-    # A scalar of the logits' dtype, so that keys are of one kind.
-    lowest = _key(tl.max(tl.full([1], float("-inf"), tl.float32), 0).to(dtype))
     total = tl.sum(mass, 0)
     k = tl.where(top_k > 0, top_k, V)
     if (k < V) | (top_p < 1.0) | (min_p > 0.0):
@@ -219,6 +223,7 @@ def _draw(
         # Maxima of blocks are tokens too: what these few drop is dropped. And tokens too
         # light to fill together what top-p leaves out are all behind it.
         light = tl.maximum(min_p, (1.0 - top_p) * total / V * _ROUNDING)
+        lowest = tl.full([], LOWEST, tl.int32)
         floor, _, _ = _lowest_that_stays(
             peaks, N, lowest, highest, k, limit, light, heat, BLOCK_N
         )
@@ -233,15 +238,15 @@ def _draw(
         # Of equals the first stay: as many as top-k and top-p leave room for.
         from_bound, _ = _above(source, stop, bound - 1, heat, TILE)
         weight = _weight(_value(bound, dtype), heat)
-        room = tl.ceil(tl.minimum((limit - weight_above) / weight, V)).to(tl.int32)
-        room = tl.minimum(room, k - above)
+        spare = (limit - weight_above) / tl.where(weight > 0, weight, 1.0)
+        room = tl.minimum(tl.ceil(tl.minimum(spare, V)).to(tl.int32), k - above)
         room = tl.where(weight < min_p, 1, tl.maximum(room, 1))
         equals = tl.minimum(room, from_bound - above)
         target = u * (weight_above + equals * weight)
         start = 0
     else:
         collected = False
-        source, bound, equals = logits, lowest - 1, 0
+        source, bound, equals = logits, LOWEST - 1, 0
         goal = u * total
         block = tl.arange(0, BLOCK_N)
         heavy = mass > 0

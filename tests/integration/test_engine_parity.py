@@ -11,6 +11,7 @@ import torch
 
 from bedplate import SamplingParams
 from bedplate.config import EngineConfig
+from bedplate.contract import GraphCapabilities
 from bedplate.engine.core import EngineCore
 from bedplate.reference.attention import reference_provider
 from bedplate.reference.ops import OPERATIONS
@@ -20,6 +21,7 @@ from bedplate.runner.executor import ModelExecutor
 from bedplate.runner.model_runner import ModelRunner
 from bedplate.scheduling.roster import Roster
 from bedplate.scheduling.scheduler import Scheduler
+from bedplate.testing.graphs import RerunGraphRunner
 from bedplate.testing.tiny_models import FAMILIES, family, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
@@ -31,7 +33,9 @@ LENGTHS = (5, 33, 1, 17, 48, 16)
 class Rig:
     """A model in a folder, its engine under given conditions, and the oracle."""
 
-    def __init__(self, folder, name, *, copied=False, overlap=False, **settings):
+    def __init__(
+        self, folder, name, *, copied=False, recorded=False, overlap=False, **settings
+    ):
         model_class, config = family(name)
         self.oracle = tiny_model(model_class, config).float()
         self.vocab = config.get_text_config().vocab_size
@@ -53,6 +57,13 @@ class Rig:
                 bound.capabilities.memory, unified=False, asynchronous=True, index_dtype="int64"
             )
             bound = replace(bound, capabilities=replace(bound.capabilities, memory=memory))
+        if recorded:  # decode passes whole, from the next input to the next token
+            graph = GraphCapabilities(supported=True, default=True, sampling_inside=True)
+            bound = replace(
+                bound,
+                capabilities=replace(bound.capabilities, graph=graph),
+                make_graph_runner=RerunGraphRunner,
+            )
         self.bound = bound
         self.runner = ModelRunner(self.config, bound, self.log)
         self.runner.initialize()
@@ -137,6 +148,20 @@ CONDITIONS = {
     "mixed passes": ({"chunked_prefill_tokens": 16}, {"mixed": True}),
     "overlapped": ({"overlap": True}, {}),
     "memory of its own": ({"copied": True, "overlap": True}, {}),
+    "recorded whole": ({"copied": True, "recorded": True, "overlap": True}, {}),
+    "recorded, a step at a time": ({"copied": True, "recorded": True}, {}),
+    "recorded, in few sizes": (
+        {
+            "copied": True,
+            "recorded": True,
+            "overlap": True,
+            "capture_sizes": (1, 4),  # larger batches are staged and run eagerly
+            "max_total_tokens": 112,
+            "page_size": 8,
+            "chunked_prefill_tokens": 16,
+        },
+        {"mixed": True},
+    ),
     "all at once": (
         {
             "copied": True,
@@ -168,9 +193,10 @@ def test_every_condition(condition, name, tmp_path):
 
 
 def test_sampled_tokens_survive_batching_and_preemption(tmp_path):
-    """Same seed, same tokens: alone, together, and when the pool is far too small."""
+    """Same seed, same tokens: alone, together, recorded, and in a pool that is too small."""
     roomy = Rig(tmp_path / "a", "qwen3")
     tight = Rig(tmp_path / "b", "qwen3", max_total_tokens=96, page_size=8)
+    recorded = Rig(tmp_path / "c", "qwen3", copied=True, recorded=True, overlap=True)
 
     def run(core, prompts, seeds):
         done = {}
@@ -191,6 +217,7 @@ def test_sampled_tokens_survive_batching_and_preemption(tmp_path):
     alone = [run(core, [p], [s])[0] for p, s in zip(prompts, seeds, strict=True)]
     assert run(roomy.engine(), prompts, seeds) == alone
     assert run(tight.engine(), prompts, seeds) == alone
+    assert run(recorded.engine(), prompts, seeds) == alone
 
 
 def test_prompt_logprobs_are_the_oracles_across_chunks(tmp_path):

@@ -28,7 +28,9 @@ class LogitsOutput:
         next_token_logits: ``[R, V]`` device.
         hidden_states: ``[R, h]`` (last tokens) or ``[T, h]`` (all tokens) device; ``None``
             unless ``ForwardBatch.capture_hidden`` asked for them.
+        tokens: ``[R]`` int64 device, where the pass sampled them itself.
     """
 
     next_token_logits: Tensor
     hidden_states: Tensor | None = None
+    tokens: Tensor | None = None

@@ -84,6 +84,12 @@ class StepExecutor(Protocol):
     def asynchronous(self) -> bool:
         """Whether the host gains by planning the next step before this one is done."""
 
+    def idle(self) -> bool:
+        """Use a moment without work for what can wait; whether more is to do.
+
+        Never called while a pass is in flight.
+        """
+
     def set_request(self, row: int, params: Any, prompt_len: int) -> None:
         """Sampling settings of the request that now owns ``row`` of ``req_to_token``.
 

@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 )
 @click.option("--attention", help="Attention implementation; see `bedplate explain`.")
 @click.option(
-    "--fusion", type=click.Choice(["off", "leaf", "block"]),
-    help="How much of the model is fused, after proof."
+    "--fusion",
+    type=click.Choice(["off", "leaf", "block"]),
+    help="How much of the model is fused, after proof.",
 )
 @click.option("--graphs/--no-graphs", default=None, help="Record and replay decode passes.")
 @click.option("--page-size", type=int, help="Tokens a page.")

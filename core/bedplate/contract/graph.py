@@ -36,6 +36,8 @@ class GraphRunnerRequest:
         max_pages: Columns of the page table (1 when the backend does not use it).
         index_dtype: Name of the torch dtype of ``out_cache_loc``.
         record: Receives a decision for every bucket that is dropped and why.
+        begin: Recorded before attention's own preparation: what moves the static slots on
+            from one replay to the next; ``None`` where every batch is loaded.
         progress: Told (done, total) while capturing.
         options: The backend's own settings.
     """
@@ -47,6 +49,7 @@ class GraphRunnerRequest:
     hidden_modes: tuple[CaptureHiddenMode, ...]
     index_dtype: str
     record: Callable[[Decision], None]
+    begin: Callable[[ForwardBatch], None] | None = None
     progress: Callable[[int, int], None] | None = None
     max_pages: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)

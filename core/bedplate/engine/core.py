@@ -172,6 +172,11 @@ class EngineCore:
                 applied = self._settle()
             return self._result(applied)
 
+    def idle(self) -> bool:
+        """Do a piece of what can wait, if there are no requests; whether more is to do."""
+        with self._lock:
+            return not self.has_work and self._executor.idle()
+
     def abort_all(self, error: str = "") -> list[RequestOutput]:
         """End every request and wait for passes in flight; with an ``error``, as failed."""
         reason: FinishReason = "error" if error else "abort"

@@ -94,6 +94,8 @@ class Driver:
         core = self._core
         while not self._stopping:
             if not core.has_work:
+                if core.idle():
+                    continue
                 core.wake.wait()
                 core.wake.clear()
                 continue

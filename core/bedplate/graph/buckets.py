@@ -10,6 +10,7 @@ __all__ = [
     "MemoryClass",
     "capture_sizes",
     "compile_sizes",
+    "first_sizes",
     "memory_class",
     "pad_to",
     "padded_seq_lens_sum",
@@ -84,6 +85,14 @@ def capture_sizes(
 def compile_sizes(sizes: Iterable[int], *, limit: int = 32) -> tuple[int, ...]:
     """Captured sizes that are small enough to be worth compiling one by one."""
     return tuple(size for size in sizes if size <= limit)
+
+
+def first_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes to capture before serving: powers of two, and the largest.
+
+    Any batch is then padded to less than twice its size; the others can wait.
+    """
+    return tuple(size for size in sizes if size & (size - 1) == 0 or size == sizes[-1])
 
 
 def memory_class(total_bytes: int) -> MemoryClass:

@@ -7,7 +7,7 @@ only while capturing) and must not import the runner for that.
 
 from __future__ import annotations
 
-__all__ = ["freeze_gc", "get_is_capture_mode", "model_capture_mode"]
+__all__ = ["freeze_gc", "get_is_capture_mode", "model_capture_mode", "pause_gc"]
 
 import gc
 from contextlib import contextmanager
@@ -62,3 +62,15 @@ def freeze_gc(enable_gc: bool = False) -> Iterator[None]:
         gc.collect()
         if was_frozen:
             gc.freeze()
+
+
+@contextmanager
+def pause_gc() -> Iterator[None]:
+    """No collection in a block that is too short to be worth ``freeze_gc``'s two full ones."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

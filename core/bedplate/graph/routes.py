@@ -53,9 +53,11 @@ class Route:
     def cut(self, output: LogitsOutput) -> LogitsOutput:
         """Views of the real rows of a padded output."""
         hidden, rows = output.hidden_states, self._hidden_rows
+        tokens = output.tokens
         return LogitsOutput(
             next_token_logits=output.next_token_logits[self._token_rows],
             hidden_states=None if hidden is None or rows is None else hidden[rows],
+            tokens=None if tokens is None else tokens[self._token_rows],
         )
 
 

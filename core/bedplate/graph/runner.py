@@ -24,7 +24,7 @@ from bedplate.batch.forward_mode import CaptureHiddenMode, ForwardMode
 from bedplate.contract.decisions import Candidate, Decision, Support
 from bedplate.errors import CaptureError, ContractError, ReplayError
 from bedplate.graph.buckets import pad_to
-from bedplate.graph.capture_state import freeze_gc, model_capture_mode
+from bedplate.graph.capture_state import freeze_gc, model_capture_mode, pause_gc
 from bedplate.graph.keys import GraphStats, Refusal, ShapeKey
 from bedplate.graph.pool import (
     get_global_graph_memory_pool,
@@ -35,7 +35,7 @@ from bedplate.graph.routes import Captured, Route
 from bedplate.graph.slots import SlotRegistry, decode_slots
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from bedplate.batch.logits import LogitsOutput
     from bedplate.contract.graph import GraphRunnerRequest
@@ -56,6 +56,7 @@ class GraphRunner(ABC):
         request: What the runner was made from.
         stats: Replays and refusals so far.
         memory_bytes: Device memory that slots and graphs took, as measured by ``capture``.
+        generation: Captures so far; each leaves the slots as padding.
     """
 
     mode: ClassVar[ForwardMode] = ForwardMode.DECODE
@@ -66,12 +67,15 @@ class GraphRunner(ABC):
         self.request = request
         self.stats = GraphStats()
         self.memory_bytes = 0
+        self.generation = 0
         self._attention = request.attention
         self._has_pages = request.max_pages > 1
         self._slots: SlotRegistry | None = None
         self._graphs: dict[ShapeKey, Captured] = {}
         self._failed: set[ShapeKey] = set()
         self._routes: dict[tuple[int, int, tuple[int, ...]], Route] = {}
+        self._waiting: list[ShapeKey] = []
+        self._resident: dict[int, ForwardBatch] = {}
 
     # What a backend adds.
 
@@ -128,23 +132,62 @@ class GraphRunner(ABC):
         """Keys of all graphs, in order of capture."""
         return tuple(self._graphs)
 
-    def capture(self) -> None:
+    def capture(self, first: Collection[int] | None = None) -> None:
         """Capture every bucket in every hidden mode, largest first, replacing older graphs.
 
         A pool block made for the largest serves all others.  A graph that cannot be captured
-        is recorded as a decision, and its batches run eagerly.
+        is recorded as a decision; a larger one serves its batches, or they run eagerly.
+
+        Args:
+            first: Buckets to capture now, the largest always among them; the others wait for
+                ``capture_next``, and larger ones serve their batches until then. All, if not
+                given.
         """
         self.release()
         request = self.request
         before = request.runtime.memory().free_bytes
+        largest = request.capture_sizes[-1]
         keys = self._keys()
+        now = [k for k in keys if first is None or k.batch_size in (largest, *first)]
+        self._waiting = [key for key in keys if key not in now]
         with freeze_gc(bool(request.options.get("enable_gc", False))), self.capture_stream():
-            for done, key in enumerate(keys, start=1):
+            for done, key in enumerate(now, start=1):
                 self._try_capture(key)
                 if request.progress is not None:
-                    request.progress(done, len(keys))
+                    request.progress(done, len(now))
         request.runtime.empty_cache()
         self.memory_bytes = max(0, before - request.runtime.memory().free_bytes)
+
+    def capture_next(self, size: int | None = None) -> bool:
+        """Capture one graph of those that wait; between passes, when there is time.
+
+        Args:
+            size: The bucket of batches of this size, if it waits; else nothing is done.
+
+        Returns:
+            Whether any still waits.
+        """
+        waiting = self._waiting
+        if size is not None:
+            bucket = pad_to(size, self.request.capture_sizes)
+            waiting = [key for key in waiting if key.batch_size == bucket]
+        if waiting:
+            key = waiting[0]
+            self._waiting.remove(key)
+            with pause_gc(), self.capture_stream():
+                self._try_capture(key)
+        return bool(self._waiting)
+
+    def resident(self, num_requests: int) -> ForwardBatch:
+        """The batch that the first rows of the slots are, for who keeps them up to date there.
+
+        ``replay`` loads nothing for it. The same object on every call.
+        """
+        batch = self._resident.get(num_requests)
+        if batch is None:
+            batch = self._static_batch(num_requests, CaptureHiddenMode.NULL)
+            self._resident[num_requests] = batch
+        return batch
 
     def capture_one_batch_size(self, key: ShapeKey) -> None:
         """Capture one graph on a dummy batch: row 0, slot 0, the attention's fill length.
@@ -166,6 +209,8 @@ class GraphRunner(ABC):
                 output = self.capture_graph(graph, run)
         except Exception as error:
             raise _capture_error(key, error) from error
+        finally:
+            self.generation += 1
         self._graphs[key] = Captured(key, graph, batch, output)
         self._failed.discard(key)
         self._routes.clear()
@@ -179,8 +224,9 @@ class GraphRunner(ABC):
         return _NO[found]
 
     def bucket_of(self, batch: ForwardBatch) -> int | None:
-        """Requests of the graph that serves a batch of this size; ``None`` = too large."""
-        return pad_to(batch.batch_size, self.request.capture_sizes)
+        """Requests of the graph that serves ``batch``; ``None`` if none does."""
+        found = self._find(batch)
+        return found.captured.key.batch_size if isinstance(found, Route) else None
 
     def replay_prepare(self, batch: ForwardBatch) -> Route:
         """Load the slots and prepare attention, padded: all that precedes the launch.
@@ -192,7 +238,8 @@ class GraphRunner(ABC):
         if not isinstance(route, Route):
             raise _replay_error(batch, route)
         captured = route.captured
-        self._static_slots().load(batch, route.num_requests, captured.key.batch_size)
+        if batch is not self._resident.get(batch.batch_size):
+            self._static_slots().load(batch, route.num_requests, captured.key.batch_size)
         self._attention.prepare(captured.batch)
         return route
 
@@ -218,6 +265,8 @@ class GraphRunner(ABC):
         self._routes.clear()
         self._graphs.clear()
         self._failed.clear()
+        self._waiting.clear()
+        self._resident.clear()
         self._slots = None
         self.memory_bytes = 0
         self.request.runtime.empty_cache()
@@ -259,7 +308,11 @@ class GraphRunner(ABC):
         return ForwardBatch(mode=self.mode, batch_size=size, capture_hidden=hidden, **views)
 
     def _recorded_part(self, batch: ForwardBatch) -> Callable[[], LogitsOutput]:
+        begin = self.request.begin
+
         def run() -> LogitsOutput:
+            if begin is not None:
+                begin(batch)
             self._attention.prepare_in_graph(batch)
             output: LogitsOutput = self.request.forward(batch)
             return output
@@ -274,7 +327,8 @@ class GraphRunner(ABC):
             # refuse the next one that names it: that one gets a pool of its own.
             set_global_graph_memory_pool(self.request.runtime, None)
             self._failed.add(key)
-            self.request.record(_dropped(key, error))
+            larger = [k.batch_size for k in self._graphs if k.batch_size > key.batch_size]
+            self.request.record(_dropped(key, error, min(larger, default=None)))
 
     def _find(self, batch: ForwardBatch) -> Route | Refusal:
         """The graph for ``batch``, or the first reason against all of them."""
@@ -304,10 +358,9 @@ class GraphRunner(ABC):
     def _choose(
         self, size: int, hidden: CaptureHiddenMode, ints: tuple[int, ...]
     ) -> Route | Refusal:
-        bucket = pad_to(size, self.request.capture_sizes)
-        if bucket is None:
+        if pad_to(size, self.request.capture_sizes) is None:
             return Refusal.TOO_LARGE
-        keys = [k for k in (*self._graphs, *self._failed) if k.batch_size == bucket]
+        keys = [k for k in (*self._graphs, *self._failed) if k.batch_size >= size]
         keys = [k for k in keys if k.hidden_mode >= hidden]
         if not keys:
             return Refusal.HIDDEN_MODE
@@ -317,8 +370,8 @@ class GraphRunner(ABC):
         keys = [k for k in keys if k in self._graphs]
         if not keys:
             return Refusal.CAPTURE_FAILED
-        captured = self._graphs[min(keys, key=lambda k: k.hidden_mode)]
-        return Route(captured, size, hidden, self.tokens_per_request)
+        best = min(keys, key=lambda k: (k.batch_size, k.hidden_mode))
+        return Route(self._graphs[best], size, hidden, self.tokens_per_request)
 
 
 def _check(request: GraphRunnerRequest) -> None:
@@ -361,14 +414,15 @@ def _replay_error(batch: ForwardBatch, reason: Refusal) -> ReplayError:
     )
 
 
-def _dropped(key: ShapeKey, error: CaptureError) -> Decision:
-    """The record of a graph that could not be captured."""
+def _dropped(key: ShapeKey, error: CaptureError, larger: int | None) -> Decision:
+    """The record of a graph that could not be captured, and of what serves its batches."""
     hidden = f".{key.hidden_mode.name.lower()}" if key.hidden_mode.need_capture() else ""
+    instead = Candidate(name="eager", verdict="chosen", reason="needs no capture")
+    if larger is not None:
+        reason = "its batches are padded further"
+        instead = Candidate(name=f"graph for {larger}", verdict="chosen", reason=reason)
     return Decision(
         point=f"graph.{key.batch_size}{hidden}",
-        chosen="eager",
-        candidates=(
-            Candidate(name="graph", verdict="failed", reason=error.message),
-            Candidate(name="eager", verdict="chosen", reason="needs no capture"),
-        ),
+        chosen=instead.name,
+        candidates=(Candidate(name="graph", verdict="failed", reason=error.message), instead),
     )

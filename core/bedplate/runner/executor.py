@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bedplate.batch.logits_rows import LogitsRows, select_logits_rows
 from bedplate.batch.step import StepOutput, TokenLogprobs
-from bedplate.runner.sampler import Sampler
 from bedplate.reference.sampling import NOT_A_NUMBER, logprobs_of
+from bedplate.runner.sampler import Sampler
 from bedplate.runner.staging import Staging
 
 if TYPE_CHECKING:
@@ -60,8 +60,11 @@ class ModelExecutor:
             self._runtime, table, getattr(torch, memory.index_dtype), unified=memory.unified
         )
         self._sampler = Sampler(table.shape[0], eos_token_ids, self._runtime.device)
-        self._last_tokens = torch.zeros(
-            table.shape[0], dtype=torch.int64, device=self._runtime.device
+        self._loop = runner.decode_loop
+        self._last_tokens = (
+            torch.zeros(table.shape[0], dtype=torch.int64, device=self._runtime.device)
+            if self._loop is None
+            else self._loop.last_tokens
         )
 
     @property
@@ -72,32 +75,70 @@ class ModelExecutor:
     def set_request(self, row: int, params: SamplingParams, prompt_len: int) -> None:
         """Sampling settings of the request that now owns ``row``."""
         self._sampler.set_request(row, params, prompt_len)
+        if self._loop is not None:
+            self._loop.set_request(row, params)
+
+    def idle(self) -> bool:
+        """Use a moment without work; whether more is to do."""
+        return self._runner.idle()
 
     def launch(self, batch: ScheduleBatch) -> _Pending:
         """Queue one pass."""
         with self._runtime.inference_guard():
+            if self._loop is not None:
+                self._loop.send_settings()
+            resident = self._runner.load_decode(batch)
+            if resident is not None:
+                return self._queue(batch, resident, None)
             wanted = None
             if batch.extend_seq_lens is not None:
                 wanted = select_logits_rows(batch.extend_seq_lens, batch.prompt_logprob_start)
-            forward_batch = self._staging.stage(batch, None if wanted is None else wanted.rows)
+            staged = self._staging.stage(batch, None if wanted is None else wanted.rows)
             if batch.token_on_device is not None:
-                forward_batch = self._fill_tokens(forward_batch, batch)
-            output, graph, reason = self._runner.run(forward_batch)
-            logits = output.next_token_logits
-            requests = _sampling(batch)
-            own = _sampled_rows(logits, wanted, requests)
-            tokens = self._sampler.sample(own, batch, requests)
-            self._keep(tokens, forward_batch, requests)
-            return _Pending(
-                batch_size=batch.batch_size,
-                requests=requests,
-                tokens=self._to_host(tokens),
-                event=self._runtime.record_event(),
-                logprobs=self._logprobs(own, tokens, batch, requests),
-                prompt={} if wanted is None else self._prompt_logprobs(logits, batch, wanted),
-                graph=graph,
-                graph_reason=reason,
-            )
+                staged = self._fill_tokens(staged, batch)
+            return self._queue(batch, staged, wanted)
+
+    def _queue(
+        self, batch: ScheduleBatch, forward_batch: ForwardBatch, wanted: LogitsRows | None
+    ) -> _Pending:
+        """Run a pass that is on the device, and send its tokens back."""
+        output, graph, reason = self._runner.run(forward_batch)
+        logits = output.next_token_logits
+        requests = _sampling(batch)
+        own = _sampled_rows(logits, wanted, requests)
+        tokens = self._tokens(output.tokens, own, batch, forward_batch, requests)
+        return _Pending(
+            batch_size=batch.batch_size,
+            requests=requests,
+            tokens=self._to_host(tokens),
+            event=self._runtime.record_event(),
+            logprobs=self._logprobs(own, tokens, batch, requests),
+            prompt={} if wanted is None else self._prompt_logprobs(logits, batch, wanted),
+            graph=graph,
+            graph_reason=reason,
+        )
+
+    def _tokens(
+        self,
+        sampled: Tensor | None,
+        logits: Tensor,
+        batch: ScheduleBatch,
+        forward_batch: ForwardBatch,
+        requests: Int64Array,
+    ) -> Tensor:
+        """``[S]``: what the pass sampled itself, unless a request forbids tokens now."""
+        if self._sampler.bans(batch, requests):
+            sampled = None
+        elif sampled is None and self._loop is not None:
+            rows, lens = forward_batch.req_pool_indices, forward_batch.seq_lens
+            if len(requests) != len(rows):
+                chosen = _to(requests, rows)
+                rows, lens = rows[chosen], lens[chosen]
+            return self._loop.sample(logits, rows, lens)
+        if sampled is None:
+            sampled = self._sampler.sample(logits, batch, requests)
+            self._keep(sampled, forward_batch, requests)
+        return sampled
 
     def _fill_tokens(self, forward_batch: ForwardBatch, batch: ScheduleBatch) -> ForwardBatch:
         """Take the input tokens that have not reached the host from the device's table."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = ["ModelRunner", "Progress"]
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from bedplate.contract.attention import (
 from bedplate.contract.graph import GraphRunnerRequest
 from bedplate.contract.memory import AllocatorRequest, KVPoolRequest
 from bedplate.errors import BedplateError, ContractError, DeviceMemoryError
-from bedplate.graph.buckets import capture_sizes
+from bedplate.graph.buckets import capture_sizes, first_sizes, pad_to
 from bedplate.memory.factory import make_allocator, make_kv_pool
 from bedplate.memory.req_to_token import ReqToTokenPool
 from bedplate.memory.sizing import cell_bytes
@@ -39,6 +40,7 @@ from bedplate.models.weights.update import (
     update_weights_from_disk,
     update_weights_from_tensor,
 )
+from bedplate.runner.decode_loop import DecodeLoop
 from bedplate.runner.loading import load_ready
 from bedplate.runner.pool_size import MemoryBudget, choose_pool_size
 
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.batch.schedule_batch import ScheduleBatch
     from bedplate.config import EngineConfig
     from bedplate.contract.memory import KVPool, TokenToKVPoolAllocator
     from bedplate.graph.runner import GraphRunner
@@ -58,6 +61,10 @@ if TYPE_CHECKING:
     from bedplate.runner.plan import RunPlan
 
 logger = logging.getLogger(__name__)
+
+_PADDED_STEPS = 64
+"""Steps that a bucket's batches are padded to a larger one before its graph is captured amid
+work: the capture costs about a step."""
 
 _MEM_FRACTION = 0.88
 """Share of the memory that was free before loading, unless the user says otherwise."""
@@ -84,6 +91,8 @@ class ModelRunner:
         allocator: Slots.
         attention: The attention backend.
         graph_runner: Recorded graphs, or ``None`` for eager passes.
+        decode_loop: What recorded passes keep on the device from step to step, where they
+            sample too; else ``None``.
         stage_seconds: Stage → how long it took.
     """
 
@@ -95,6 +104,7 @@ class ModelRunner:
     allocator: TokenToKVPoolAllocator
     attention: AttentionBackend
     graph_runner: GraphRunner | None = None
+    decode_loop: DecodeLoop | None = None
 
     def __init__(
         self,
@@ -111,6 +121,8 @@ class ModelRunner:
         self._graph_bytes = 0
         self._free_before_load = 0
         self._provider: AttentionProvider | None = None
+        self._resident: ForwardBatch | None = None
+        self._padded: Counter[int] = Counter()
 
     def stages(self) -> tuple[tuple[str, Callable[[], None]], ...]:
         """The start-up, in order.
@@ -234,9 +246,10 @@ class ModelRunner:
         """Capture graphs, if the plan has them."""
         if not self.plan.graphs:
             return
-        self.graph_runner = self._make_graph_runner(self._capture_sizes())
+        sizes = self._capture_sizes()
+        self.graph_runner = self._make_graph_runner(sizes)
         if self.graph_runner is not None:
-            self.graph_runner.capture()
+            self.graph_runner.capture(first=first_sizes(sizes))
 
     def run(self, batch: ForwardBatch) -> tuple[LogitsOutput, int | None, str]:
         """One pass; which graph served it, or why none did.
@@ -254,12 +267,39 @@ class ModelRunner:
         if runner is not None and batch.mode.is_graph():
             answer = runner.can_run(batch)
             if answer:
+                if self.decode_loop is not None and batch is not self._resident:
+                    self.decode_loop.hold()
                 output = runner.replay(batch)
                 return output, runner.bucket_of(batch), ""
             reason = answer.reason
         elif runner is not None:
             reason = f"{batch.mode.name} passes run eagerly"
         return self._eager(batch), None, reason
+
+    def load_decode(self, batch: ScheduleBatch) -> ForwardBatch | None:
+        """Bring a decode pass to where a graph reads it, if one serves and samples it.
+
+        Returns:
+            The batch to ``run``; its output has tokens. ``None`` where the pass has to be
+            staged.
+        """
+        loop, graphs, size = self.decode_loop, self.graph_runner, batch.batch_size
+        if loop is None or graphs is None or not batch.mode.is_decode():
+            return None
+        if size > graphs.request.capture_sizes[-1] or not graphs.captured:
+            return None
+        if graphs.bucket_of(graphs.resident(size)) is None:
+            return None
+        self._resident = loop.load(batch, graphs)
+        self._capture_if_worth_it(graphs, size)
+        return self._resident
+
+    def idle(self) -> bool:
+        """Use a moment without work: capture a graph that waits. Whether more is to do."""
+        if self.graph_runner is None:
+            return False
+        with self.bound.runtime.inference_guard():
+            return self.graph_runner.capture_next()
 
     def forward(self, batch: ForwardBatch) -> tuple[LogitsOutput, bool]:
         """One pass, by a graph where one fits; also says whether one did.
@@ -370,12 +410,36 @@ class ModelRunner:
     def _capture_sizes(self) -> tuple[int, ...]:
         return capture_sizes(self.plan.max_running_requests, sizes=self.config.capture_sizes)
 
+    def _capture_if_worth_it(self, graphs: GraphRunner, size: int) -> None:
+        """Capture a bucket whose batches have long been padded to a larger one."""
+        bucket = pad_to(size, graphs.request.capture_sizes)
+        if bucket is None or bucket == graphs.bucket_of(graphs.resident(size)):
+            return
+        self._padded[bucket] += 1
+        if self._padded[bucket] == _PADDED_STEPS:
+            graphs.capture_next(size)
+
+    def _make_decode_loop(self, largest: int) -> DecodeLoop | None:
+        if not self.bound.capabilities.graph.sampling_inside:
+            return None
+        return DecodeLoop(
+            self.bound.runtime,
+            self.bound.ops,
+            self.req_to_token_pool.req_to_token,
+            max_batch_size=largest,
+            fill_len=self.attention.seq_len_fill_value,
+            dtype=self.plan.dtype,
+        )
+
     def _make_graph_runner(self, sizes: tuple[int, ...]) -> GraphRunner | None:
         memory = self.bound.capabilities.memory
+        loop = self.decode_loop = self._make_decode_loop(sizes[-1])
+        forward = self.model.forward
         runner: GraphRunner | None = self.bound.make_graph_runner(
             GraphRunnerRequest(
                 runtime=self.bound.runtime,
-                forward=self.model.forward,
+                forward=forward if loop is None else loop.sampled(forward),
+                begin=None if loop is None else loop.begin,
                 attention=self.attention,
                 capture_sizes=sizes,
                 hidden_modes=(CaptureHiddenMode.NULL,),

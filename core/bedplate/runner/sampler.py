@@ -83,6 +83,16 @@ class Sampler:
             self._banned[row] = (*self._eos, *params.stop_token_ids)
             self._free_from[row] = prompt_len + params.min_tokens
 
+    def bans(self, batch: ScheduleBatch, requests: Int64Array) -> bool:
+        """Whether a request must not end yet, so that some tokens are forbidden to it."""
+        if not self._banned:
+            return False
+        rows, lengths = batch.req_pool_indices[requests], batch.seq_lens[requests]
+        return any(
+            row in self._banned and length < self._free_from[row]
+            for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)
+        )
+
     def sample(self, logits: Tensor, batch: ScheduleBatch, requests: Int64Array) -> Tensor:
         """One token per row.
 

@@ -7,12 +7,13 @@ the host while recording, and shares one pool of memory with the other tapes, so
 overwrites the outputs of an earlier one.  A runner that forgets to refresh a slot, or a kernel
 that depends on a host integer outside the key, gives wrong numbers here as on a device.
 
+``RerunGraphRunner`` is for what a tape cannot record.
 ``TapeGraphRunner.events`` says what was called, in order; ``CountingRuntime`` counts waits.
 """
 
 from __future__ import annotations
 
-__all__ = ["CountingRuntime", "Tape", "TapeGraphRunner"]
+__all__ = ["CountingRuntime", "RerunGraphRunner", "Tape", "TapeGraphRunner"]
 
 from collections import Counter
 from dataclasses import dataclass
@@ -164,7 +165,9 @@ class TapeGraphRunner(GraphRunner):
         hidden = output.hidden_states
         if hidden is not None:
             hidden = self._share(graph, hidden, 1)
-        return LogitsOutput(next_token_logits=logits, hidden_states=hidden)
+        return LogitsOutput(
+            next_token_logits=logits, hidden_states=hidden, tokens=output.tokens
+        )
 
     def replay_graph(self, graph: Tape) -> None:
         """Play the tape."""
@@ -185,6 +188,28 @@ class TapeGraphRunner(GraphRunner):
         with graph:
             place.copy_(value)
         return place
+
+
+class RerunGraphRunner(GraphRunner):
+    """Graphs that run their part again, for models with operations that a tape cannot hold.
+
+    What is baked into a graph does not show here; what a loop keeps in the slots does.
+    """
+
+    def create_graph(self, key: ShapeKey) -> list[Callable[[], LogitsOutput]]:
+        """An empty place for the part."""
+        return []
+
+    def capture_graph(
+        self, graph: list[Callable[[], LogitsOutput]], run: Callable[[], LogitsOutput]
+    ) -> LogitsOutput:
+        """Keep the part, and run it once."""
+        graph.append(run)
+        return run()
+
+    def replay_graph(self, graph: list[Callable[[], LogitsOutput]]) -> LogitsOutput:
+        """Run it again."""
+        return graph[0]()
 
 
 def _tensors(tree: Any) -> list[Tensor]:

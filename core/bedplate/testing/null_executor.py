@@ -67,6 +67,10 @@ class NullExecutor:
         """As it was made."""
         return self._asynchronous
 
+    def idle(self) -> bool:
+        """Nothing can wait."""
+        return False
+
     def set_request(self, row: int, params: object, prompt_len: int) -> None:
         """Nothing is kept."""
 
@@ -110,6 +114,10 @@ class HistoryExecutor:
     def asynchronous(self) -> bool:
         """As it was made."""
         return self._asynchronous
+
+    def idle(self) -> bool:
+        """Nothing can wait."""
+        return False
 
     def set_request(self, row: int, params: SamplingParams, prompt_len: int) -> None:
         """Note who owns the row."""

@@ -276,7 +276,7 @@ def test_three_primitives_are_enough(bench):
 # Failing captures.
 
 
-def test_failed_bucket_runs_eagerly_and_the_others_go_on(bench):
+def test_a_larger_graph_serves_a_failed_bucket_and_the_others_go_on(bench):
     it = bench()
     it.runner.fail_sizes = {4}
     it.captured()
@@ -285,11 +285,22 @@ def test_failed_bucket_runs_eagerly_and_the_others_go_on(bench):
     assert it.progress[-1] == (4, 4)
     (decision,) = it.decisions
     assert decision.point == "graph.4"
-    assert decision.chosen == "eager"
+    assert decision.chosen == "graph for 8"
     assert "injected capture failure" in decision.candidates[0].reason
-    assert it.runner.can_run(it.batch([3] * 3)).reason == Refusal.CAPTURE_FAILED
-    assert it.runner.can_run(it.batch([3] * 2))
-    assert it.runner.can_run(it.batch([3] * 5))
+    for size, bucket in ((2, 2), (3, 8), (5, 8)):
+        assert it.runner.bucket_of(it.batch([3] * size)) == bucket
+    batch = it.batch([3, 4, 5])
+    expected = it.eager(batch).next_token_logits
+    torch.testing.assert_close(it.replay(batch).next_token_logits, expected)
+
+
+def test_a_failed_largest_bucket_runs_eagerly(bench):
+    it = bench()
+    it.runner.fail_sizes = {8}
+    it.captured()
+    assert it.decisions[0].chosen == "eager"
+    assert it.runner.can_run(it.batch([3] * 5)).reason == Refusal.CAPTURE_FAILED
+    assert it.runner.can_run(it.batch([3] * 4))
 
 
 def test_all_captures_failing_leaves_everything_eager(bench):
@@ -401,8 +412,38 @@ def test_replays_are_counted_by_bucket(bench):
 
 @pytest.mark.parametrize(("size", "bucket"), [(1, 1), (3, 4), (8, 8), (9, None)])
 def test_bucket_of_a_batch(bench, size, bucket):
-    it = bench()
+    it = bench().captured()
     assert it.runner.bucket_of(it.batch([3] * size)) == bucket
+
+
+def test_some_buckets_first_and_the_others_when_there_is_time(bench):
+    it = bench()
+    it.runner.capture(first=(1,))
+    assert [key.batch_size for key in it.runner.captured] == [8, 1]
+    batch = it.batch([3, 4])
+    expected = it.eager(batch).next_token_logits
+    assert it.runner.bucket_of(batch) == 8
+    torch.testing.assert_close(it.replay(batch).next_token_logits, expected)
+    before = it.runner.generation
+    assert it.runner.capture_next(size=5)  # of a bucket that waits no more: nothing happens
+    assert it.runner.generation == before
+    assert it.runner.capture_next(size=2)
+    assert it.runner.generation == before + 1
+    assert it.runner.bucket_of(batch) == 2
+    torch.testing.assert_close(it.replay(batch).next_token_logits, expected)
+    assert not it.runner.capture_next()
+    assert not it.runner.capture_next()
+    assert {key.batch_size for key in it.runner.captured} == {1, 2, 4, 8}
+
+
+def test_a_resident_batch_is_what_the_slots_hold(bench):
+    it = bench().captured()
+    batch = it.batch([3, 4, 5])
+    expected = it.replay(batch).next_token_logits.clone()
+    resident = it.runner.resident(3)
+    assert resident is it.runner.resident(3)
+    assert resident.seq_lens.tolist() == [3, 4, 5]
+    torch.testing.assert_close(it.replay(resident).next_token_logits, expected)
 
 
 def test_host_integers_are_part_of_the_key(bench):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from bedplate.batch.forward_mode import ForwardMode
 from bedplate.batch.schedule_batch import ScheduleBatch
 from bedplate.errors import ConfigError
-from bedplate.runner.sampler import Sampler
 from bedplate.reference.sampling import (
     NOT_A_NUMBER,
     FilterParams,
@@ -23,6 +22,7 @@ from bedplate.reference.sampling import (
     sample_plain,
     uniform,
 )
+from bedplate.runner.sampler import Sampler
 from bedplate.runner.sampling_params import SamplingParams
 
 V18 = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
