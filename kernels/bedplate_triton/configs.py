@@ -9,10 +9,11 @@ them, with where and when they were measured.
 
 from __future__ import annotations
 
-__all__ = ["ConfigFile", "choose", "find"]
+__all__ = ["ConfigFile", "choose", "find", "override"]
 
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -22,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 from bedplate.errors import ContractError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from bedplate_triton.features import Features
 
 SCHEMA = 1
+
+_overrides: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,20 @@ class ConfigFile:
         return {**self.default, **chosen}
 
 
+@contextmanager
+def override(op: str, **values: Any) -> Iterator[None]:
+    """Let ``choose`` give these values for ``op`` in a block: for who measures them."""
+    before = _overrides.get(op)
+    _overrides[op] = values
+    try:
+        yield
+    finally:
+        if before is None:
+            del _overrides[op]
+        else:
+            _overrides[op] = before
+
+
 def choose(op: str, features: Features, **key: Any) -> dict[str, Any]:
     """Launch sizes of ``op`` on a device; remembered, so quick after the first time.
 
@@ -70,7 +87,8 @@ def choose(op: str, features: Features, **key: Any) -> dict[str, Any]:
         key: Facts that rules ask for: constants of the model and classes of sizes, never a
             length.
     """
-    return dict(_chosen(op, features.arch, features.device, tuple(sorted(key.items()))))
+    chosen = _chosen(op, features.arch, features.device, tuple(sorted(key.items())))
+    return {**chosen, **_overrides.get(op, {})}
 
 
 @lru_cache(maxsize=4096)
@@ -100,11 +118,11 @@ def find(op: str, arch: str, device: str = "") -> ConfigFile:
 
 
 def _read(folder: str, op: str, text: str) -> ConfigFile:
+    where = f"configs/{folder}/{op}.json"
     try:
         data = json.loads(text)
-        if (data["schema"], data["op"]) != (SCHEMA, op):
-            raise ValueError(f"schema {data['schema']}, op {data['op']}")
-        return ConfigFile(
+        head = (data["schema"], data["op"])
+        file = ConfigFile(
             folder=folder,
             op=op,
             default=data["default"],
@@ -113,8 +131,11 @@ def _read(folder: str, op: str, text: str) -> ConfigFile:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ContractError(
-            f"configs/{folder}/{op}.json cannot be used: {error!r}; see kernels/README.md"
+            f"{where} cannot be used: {error!r}; see kernels/README.md"
         ) from error
+    if head != (SCHEMA, op):
+        raise ContractError(f"{where} is of schema and operation {head}, not {(SCHEMA, op)}")
+    return file
 
 
 def _holds(condition: str, wanted: Any, key: Mapping[str, Any]) -> bool:

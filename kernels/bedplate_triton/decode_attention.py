@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: N803, SIM102, SIM108 - constants are capitals; an `if` of a constant stands alone
+# ruff: noqa: N803, SIM102 - constants are capitals; an `if` of a constant stands alone
 """Attention of one new token a request over the paged cache, in splits that are merged.
 
 The visible keys of each request are divided into splits, one program each; the query heads of
@@ -159,15 +159,21 @@ def decode_attention(
         **common,
     )  # fmt: skip
     if splits > 1 and not last:
+        step = _step(choice, 1, common["COLUMNS"])
         _merge_kernel[(heads, batch, triton.cdiv(value_dim, common["COLUMNS"]))](
             partial, lse, out, seq_lens, splits, out.stride(0), out.stride(1),
-            STEP=min(_step(choice, 1, common["COLUMNS"]), 8 if splits <= 8 else 64),
+            STEP=min(step, max(8, triton.next_power_of_2(splits))),
             num_warps=choice["merge_warps"], **common,
         )  # fmt: skip
 
 
 def _choose(
-    features: Features, batch: int, group: int, head_dim: int, value_dim: int, dtype: torch.dtype
+    features: Features,
+    batch: int,
+    group: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Launch sizes, checked."""
     if head_dim > _MAX_KEY or value_dim > _MAX_VALUE:
@@ -367,9 +373,7 @@ def _split_kernel(
     acc = acc / tl.where(total > 0, total, 1)[:, None] * v_scale
     written = real[:, None] & (value_column < DV)[None, :]
     target = out + request * out_b + head[:, None] * out_h + value_column[None, :]
-    if not SPLIT:
-        tl.store(target, acc.to(out.dtype.element_ty), mask=written)
-    elif used == 1:
+    if not SPLIT or used == 1:
         tl.store(target, acc.to(out.dtype.element_ty), mask=written)
     else:
         place = (request * H + head) * splits + split

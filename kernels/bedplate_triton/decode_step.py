@@ -50,7 +50,7 @@ def advance_decode(
     """See ``bedplate.reference.decode_step.advance_decode``; one launch, nothing waits.
 
     Args:
-        changes: ``[4 + 4·U or more]`` int32: n and U, two that are not used, then place,
+        changes: ``[4 + 4·U or more]`` int32: n, U, hold and one that is not used, then place,
             request row, length and slot of each change; U is at most B.
         rows: ``[B]`` each, contiguous; moved on in place.
         req_to_token: ``[R, C]`` int32, adjacent in the last dimension; gets the new slots.
@@ -114,10 +114,13 @@ def _advance_kernel(
     fits = place < size
     count = tl.load(changes)
     num_changes = tl.load(changes + 1)
+    hold = tl.load(changes + 2)
     # Read before it is known whether there are changes, as that is the usual step.
     owner = tl.load(owners + place, mask=fits, other=0)
     length = tl.load(lengths + place, mask=fits, other=0)
     slot = tl.load(slots + place, mask=fits, other=0)
+    if hold > 0:
+        return
     if num_changes > 0:
         changed = place < num_changes
         change = changes + HEADER + place * CHANGE

@@ -304,12 +304,13 @@ def _extend_kernel(
     columns = tl.arange(0, DV_PAD)
     real = row < count * GROUP
     where = out + packed * out_stride + query_head * out_head_stride
-    result = acc / tl.where(total > 0, total, 1.0)[:, None] * v_scale
+    some = tl.where(total > 0, total, 1.0)
+    result = acc / some[:, None] * v_scale
     tl.store(
         where[:, None] + columns[None, :], result.to(out.dtype.element_ty),
         mask=real[:, None] & (columns < DV)[None, :],
     )  # fmt: skip
     if lse is not None:
         heads: tl.constexpr = KV_HEADS * GROUP
-        sums = (peak + tl.log2(total)) * _LN2
+        sums = (peak + tl.log2(some)) * _LN2  # −∞ without keys, as the peak is
         tl.store(lse + packed * heads + query_head, sums, mask=real)

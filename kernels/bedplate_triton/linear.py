@@ -12,6 +12,9 @@ norms its input, which is short and stays close, so the norm needs no launch.  `
 up to ``MAX_SKINNY_ROWS``: a matrix product whose rows are padded.  More rows are torch's own.
 Which form serves a shape, and its sizes, is measured: see ``configs``.
 
+Weights, also those of the norm, are constants: where launches are chained they are read before
+the kernels launched before have ended.
+
 The order of a sum depends on the form and on its sizes, never on another row.
 
 Shapes: M rows, E features in, N rows of weights; O features out, which is N, or N / 2 with an
@@ -132,6 +135,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> N
         raise ContractError(
             f"linear got weights {list(weight.shape)} for {x.shape[-1]} features; pass [N, E]"
         )
+    if weight.dtype != x.dtype:
+        raise ContractError(
+            f"linear got weights of {weight.dtype} for input of {x.dtype}; convert one of them"
+        )
     if weight.stride(1) != 1:
         raise ContractError("linear reads weights whose features are adjacent; pass a copy")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -166,10 +173,13 @@ def _check_norm(x: Tensor, norm: _Norm) -> None:
                 f"the norm got a {what} of {list(vector.shape)} for {x.shape[-1]} features; "
                 "pass [E]"
             )
-    if norm.residual is not None and norm.residual.shape != x.shape:
+        if vector is not None and vector.stride(0) != 1:  # a copy here would be read too early
+            raise ContractError(f"the norm reads a {what} that is contiguous; pass a copy")
+    residual = norm.residual
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ContractError(
-            f"the norm got a residual {list(norm.residual.shape)} for {list(x.shape)}; "
-            "pass two of the same shape"
+            f"the norm got a residual {list(residual.shape)} of {residual.dtype} for "
+            f"{list(x.shape)} of {x.dtype}; pass the same shape and dtype"
         )
 
 
@@ -255,8 +265,7 @@ def _gemv_rows(
     steps = tiles * triton.cdiv(size, chunk)
     _gemv[(triton.cdiv(outputs, block // least * tiles),)](
         rows, residual,
-        None if norm is None or norm.weight is None else norm.weight.contiguous(),
-        None if norm is None or norm.bias is None else norm.bias.contiguous(),
+        None if norm is None else norm.weight, None if norm is None else norm.bias,
         weight, None if bias is None else bias.contiguous(), out, total,
         0.0 if norm is None else norm.eps, len(rows),
         x_row, residual_row, weight.stride(0),

@@ -75,7 +75,7 @@ def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
         )
     if (lse_a.dtype, lse_b.dtype, out_b.dtype) != (torch.float32, torch.float32, out_a.dtype):
         raise ContractError(
-            f"merge_attention_states got outputs of {out_a.dtype} and {out_b.dtype} and sums of "
+            f"merge_attention_states got outputs of {out_a.dtype} and {out_b.dtype}, sums of "
             f"{lse_a.dtype} and {lse_b.dtype}; outputs must agree, and sums are float32"
         )
     if out_a.stride(2) != 1 or out_b.stride(2) != 1:
@@ -113,7 +113,9 @@ def _merge_states(
     # An empty side may hold NaN, and 0 · NaN would spread it.
     merged = tl.where((weight_a > 0)[:, None], a * weight_a[:, None], 0.0)
     merged += tl.where((weight_b > 0)[:, None], b * weight_b[:, None], 0.0)
-    merged = merged / tl.where(total == 0, 1.0, total)[:, None]
+    some = tl.where(total > 0, total, 1.0)
+    merged = merged / some[:, None]
     where = out + row.to(tl.int64)[:, None] * DV + column
     tl.store(where, merged.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + row, finite + tl.log2(total) * _LN2, mask=there)
+    sums = tl.where(total > 0, finite + tl.log2(some) * _LN2, float("-inf"))
+    tl.store(lse + row, sums, mask=there)

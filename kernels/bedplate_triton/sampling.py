@@ -46,6 +46,8 @@ _LOWEST = {
 """Key of minus infinity: see ``_key``."""
 _NOWHERE = tl.constexpr(2**31 - 1)
 """Behind every place."""
+_LOST = tl.constexpr(-1)
+"""Before every place: of a block that holds what is not a number."""
 _ROUNDING = tl.constexpr(0.99)
 """Share of a bound that must hold in spite of sums in another order."""
 
@@ -143,12 +145,11 @@ def _blocks_kernel(
     temperature = tl.load(temperatures + tl.load(rows + row))
     x = x.to(tl.float32)
     peak = tl.max(x, 1)
-    first = tl.min(tl.where(x == peak[:, None], place, _NOWHERE), 1)
-    lost = tl.max((x != x).to(tl.int32), 1) > 0
+    first = tl.where(x == peak[:, None], place, _NOWHERE)
+    first = tl.min(tl.where(x != x, _LOST, first), 1)
     real = block < blocks
     target = row * blocks + block
-    shown = tl.where(lost, float("nan"), peak).to(peaks.dtype.element_ty)
-    tl.store(peaks + target, shown, mask=real)
+    tl.store(peaks + target, peak.to(peaks.dtype.element_ty), mask=real)
     tl.store(places + target, first, mask=real)
     if temperature > 0:
         # The peak decides about a block of nothing but -inf, or with an infinity.
@@ -183,8 +184,8 @@ def _rows_kernel(
     request = tl.load(rows + row)
     temperature = tl.load(temperatures + request)
     best = tl.max(peak, 0)
-    token = tl.min(tl.where(peak == best, place, _NOWHERE), 0)
-    lost = tl.max((peak != peak).to(tl.int32), 0) > 0
+    token = tl.min(tl.where((peak == best) | (place == _LOST), place, _NOWHERE), 0)
+    lost = token == _LOST
     if temperature > 0:
         lost = lost | (tl.abs(best) == float("inf"))
         if not lost:
@@ -240,8 +241,7 @@ def _draw(
         weight = _weight(_value(bound, dtype), heat)
         spare = (limit - weight_above) / tl.where(weight > 0, weight, 1.0)
         room = tl.minimum(tl.ceil(tl.minimum(spare, V)).to(tl.int32), k - above)
-        room = tl.where(weight < min_p, 1, tl.maximum(room, 1))
-        equals = tl.minimum(room, from_bound - above)
+        equals = tl.minimum(tl.maximum(room, 1), from_bound - above)
         target = u * (weight_above + equals * weight)
         start = 0
     else:

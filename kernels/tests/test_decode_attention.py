@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention against the reference, on shuffled slots among poisoned ones."""
+"""Decode attention: what its cases cannot say, which is every split, both merges and replay."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -11,155 +12,88 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernels.tests.offline import compile_launches
 
-from bedplate.batch.forward_batch import ForwardBatch
-from bedplate.batch.forward_mode import ForwardMode
-from bedplate.contract import AttentionBuild, AttentionCallSpec, KVPoolRequest
-from bedplate.errors import UnsupportedError
-from bedplate.memory.kv_pool import LayeredKVPool
-from bedplate.reference.attention import ReferenceAttention
-from bedplate.reference.runtime import TorchRuntime
-from bedplate_triton.decode_attention import choose_splits, decode_attention, meta
+from bedplate.errors import ContractError, UnsupportedError
+from bedplate_triton import configs
+from bedplate_triton.cases import relative_error
+from bedplate_triton.cases.decode_attention import CALLS, make_case
+from bedplate_triton.decode_attention import choose_splits, column_blocks
+from bedplate_triton.features import Features
 
-PLAIN = AttentionCallSpec(
-    call_id=0, module="attn", num_heads=6, num_kv_heads=2, head_dim=16, value_dim=16, scale=0.3
+FEATURES = Features(cores=4)
+SMALL = {"BLOCK_N": 16, "tokens_a_split": 16, "merge_rows": 2, "merge_columns": 16}
+
+
+@pytest.fixture
+def configured():
+    """Overrides values of the configuration."""
+    with ExitStack() as stack:
+        yield lambda **values: stack.enter_context(
+            configs.override("decode_attention", **values)
+        )
+
+
+def check(case, device):
+    """Equals the reference twice, and leaves its counters as it found them."""
+    inputs = case.make(device, 3)
+    (want,) = case.reference(inputs)
+    for _ in range(2):
+        (got,) = case.run(inputs, FEATURES)
+        assert relative_error(got, want) <= case.tolerance
+        assert not inputs["options"]["counters"].any()
+    for request, length in enumerate(inputs["lengths"]):
+        assert length or not got[request].any()
+
+
+@pytest.mark.parametrize(
+    "name", ["forty a key", "odd sizes", "window", "wide window", "chunk", "sinks", "latent"]
 )
-CALLS = {
-    "plain": PLAIN,
-    "one head each": replace(PLAIN, num_heads=2),
-    "eight a key": replace(PLAIN, num_heads=8, num_kv_heads=1),
-    "twenty a key": replace(PLAIN, num_heads=20, num_kv_heads=1),
-    "forty a key": replace(PLAIN, num_heads=40, num_kv_heads=1),
-    "64": replace(PLAIN, head_dim=64, value_dim=64, scale=0.125),
-    "80": replace(PLAIN, head_dim=80, value_dim=80, scale=0.11),
-    "128": replace(PLAIN, head_dim=128, value_dim=128, scale=0.09),
-    "odd sizes": replace(PLAIN, head_dim=24, value_dim=40),
-    "window": replace(PLAIN, window=5),
-    "wide window": replace(PLAIN, window=100),
-    "chunk": replace(PLAIN, chunk=8),
-    "window in a chunk": replace(PLAIN, chunk=64, window=40),
-    "softcap": replace(PLAIN, softcap=2.0),
-    "sinks": replace(PLAIN, sinks=True),
-    "sinks and window": replace(PLAIN, sinks=True, window=100),
-    "latent": replace(
-        PLAIN, num_heads=8, num_kv_heads=1, head_dim=24, value_dim=16, value_in_key=True
-    ),
-    "latent, narrow": replace(
-        PLAIN, num_kv_heads=1, head_dim=64, value_dim=24, value_in_key=True
-    ),
-}
-LENGTHS = [1, 70, 0, 129, 3, 16]
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
-POOL, ROWS, CONTEXT = 256, len(LENGTHS) + 1, 160
+def test_the_last_program_merges(name, device, configured):
+    """Cases have the other form of merge."""
+    configured(**SMALL, merge="last")
+    check(make_case("", CALLS[name], lengths=(70, 0), dtype=torch.float32), device)
 
 
-def fill(call, dtype, lengths):
-    """A pool whose used slots are random and whose others are NaN, and its table."""
-    runtime = TorchRuntime("cpu")
-    pages = LayeredKVPool(
-        KVPoolRequest(runtime=runtime, calls=(call,), num_tokens=POOL, page_size=1, dtype=dtype)
-    )
-    generator = torch.Generator().manual_seed(7)
-    slots = torch.randperm(POOL, generator=generator).int() + 1
-    table = torch.zeros((ROWS, CONTEXT), dtype=torch.int32)
-    for row, part in enumerate(slots[: sum(lengths)].split(lengths), start=1):
-        table[row, : len(part)] = part
-    mine = slots[: sum(lengths)].long()
-    stored = [pages.key(0)] if call.value_in_key else [pages.key(0), pages.value(0)]
-    for storage in stored:
-        storage.fill_(float("nan"))
-        used = torch.randn((len(mine), *storage.shape[1:]), generator=generator)
-        storage[mine] = used.to(dtype)
-    return AttentionBuild(
-        runtime=runtime,
-        calls=(call,),
-        kv_pool=pages,
-        req_to_token=table,
-        page_size=1,
-        dtype=dtype,
-        max_batch_size=8,
-        max_context_len=CONTEXT,
-    )
+@pytest.mark.parametrize(("merge", "splits"), [("kernel", 9), ("last", 2), ("last", 9)])
+@pytest.mark.parametrize("name", ["plain", "sinks and window"])
+def test_splits_and_merges(name, merge, splits, device, configured):
+    """Requests of one split and of many, some splits empty; more splits than merge at once."""
+    configured(**SMALL, merge=merge, merge_tile=2 * 16 * 2)
+    case = make_case("", CALLS[name], lengths=(129, 0, 17), splits=splits, dtype=torch.float32)
+    check(case, device)
 
 
-def draw(call, batch_size, dtype):
-    """Queries as models hand them over, strided, and sinks if the call has them."""
-    generator = torch.Generator().manual_seed(11)
-    q = torch.randn((call.num_heads, batch_size, call.head_dim), generator=generator)
-    sinks = torch.randn(call.num_heads, generator=generator) if call.sinks else None
-    return q.to(dtype).transpose(0, 1), sinks
-
-
-def expect(built, call, lengths, q, sinks):
-    lens = torch.tensor(lengths, dtype=torch.int32)
-    count = len(lengths)
-    batch = ForwardBatch(
-        mode=ForwardMode.DECODE,
-        batch_size=count,
-        input_ids=torch.zeros(count, dtype=torch.int64),
-        positions=torch.zeros(count, dtype=torch.int64),
-        req_pool_indices=torch.arange(1, count + 1, dtype=torch.int32),
-        seq_lens=lens,
-        seq_lens_cpu=lens,
-        out_cache_loc=torch.zeros(count, dtype=torch.int32),
-    )
-    return ReferenceAttention(built).forward(q, None, None, call, batch, sinks=sinks)
-
-
-def launch(built, call, lengths, q, sinks, splits, device):
-    """Everything the kernel may not read, or must write, is NaN before."""
-    count, heads, size = len(lengths), call.num_heads, call.value_dim
-    keys = built.kv_pool.key(0).to(device)
-    values = keys[..., :size] if call.value_in_key else built.kv_pool.value(0).to(device)
-    nan = {"fill_value": float("nan"), "device": device}
-    out = torch.full((heads, count, size), dtype=q.dtype, **nan).transpose(0, 1)
-    decode_attention(
-        q.to(device),
-        keys,
-        values,
-        built.req_to_token.to(device),
-        torch.arange(1, count + 1, dtype=torch.int32, device=device),
-        torch.tensor(lengths, dtype=torch.int32, device=device),
-        out,
-        torch.full((count, heads, splits, size), **nan),
-        torch.full((count, heads, splits), **nan),
-        scale=call.scale,
-        window=call.window or 0,
-        chunk=call.chunk or 0,
-        softcap=call.softcap or 0.0,
-        sinks=None if sinks is None else sinks.to(device),
-    )
-    return out.cpu()
-
-
-@pytest.mark.parametrize("splits", [1, 2, 8])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_equals_the_reference(call, dtype, splits, device):
-    built = fill(call, dtype, LENGTHS)
-    q, sinks = draw(call, len(LENGTHS), dtype)
-    ours = launch(built, call, LENGTHS, q, sinks, splits, device)
-    theirs = expect(built, call, LENGTHS, q, sinks)
-    torch.testing.assert_close(ours, theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    assert not ours[LENGTHS.index(0)].any()
-
-
-def test_multi_head_latent_sizes(device):
-    """576 and 512: two products a tile of keys, and values that are the keys."""
+@pytest.mark.parametrize("merge", ["kernel", "last"])
+def test_multi_head_latent_sizes(merge, device, configured):
+    """576 and 512: two products a tile of keys, values that are the keys, blocks of heads."""
     call = replace(
-        PLAIN, num_kv_heads=1, head_dim=576, value_dim=512, scale=0.04, value_in_key=True
-    )
-    built = fill(call, torch.float16, [70])
-    q, _ = draw(call, 1, torch.float16)
-    ours = launch(built, call, [70], q, None, 2, device)
-    torch.testing.assert_close(ours, expect(built, call, [70], q, None), atol=1e-2, rtol=1e-2)
+        CALLS["latent"], num_heads=20, head_dim=576, value_dim=512, scale=0.04
+    )  # fmt: skip
+    configured(merge=merge, BLOCK_G=16, tokens_a_split=32)
+    check(make_case("", call, lengths=(70,), splits=2), device)
 
 
 def test_a_cache_of_another_dtype(device):
     """Narrow floats are widened to the dtype of the queries."""
-    built = fill(PLAIN, torch.float8_e4m3fn, [70])
-    q, _ = draw(PLAIN, 1, torch.float16)
-    ours = launch(built, PLAIN, [70], q, None, 2, device)
-    torch.testing.assert_close(ours, expect(built, PLAIN, [70], q, None), atol=1e-2, rtol=1e-2)
+    check(make_case("", CALLS["plain"], kv_dtype=torch.float8_e4m3fn), device)
+
+
+def test_without_counters_a_kernel_merges(device, configured):
+    configured(merge="last")
+    case = make_case("", CALLS["plain"], lengths=(300,), splits=2)
+    inputs = case.make(device, 0)
+    inputs["options"]["counters"] = None
+    assert relative_error(case.run(inputs, FEATURES)[0], case.reference(inputs)[0]) < 1e-2
+
+
+def splits_of(batch, context, *, cores=132, **call):
+    facts = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "value_dim": 128} | call
+    return choose_splits(
+        Features(cores=cores),
+        batch_size=batch,
+        kv_dtype=torch.bfloat16,
+        max_context_len=context,
+        **facts,
+    )
 
 
 @given(
@@ -168,12 +102,18 @@ def test_a_cache_of_another_dtype(device):
     context=st.integers(1, 1 << 20),
     cores=st.integers(1, 256),
 )
-def test_splits_are_powers_of_two_that_do_not_grow_with_the_batch(batch, heads, context, cores):
-    splits = choose_splits(batch, heads, context, cores)
-    assert splits in {1, 2, 4, 8, 16, 32, 64}
-    assert splits == 1 or splits * 128 <= context
-    assert splits >= choose_splits(batch + 1, heads, context, cores)
-    assert splits <= choose_splits(batch, heads, 2 * context, cores)
+def test_splits_fill_the_cores_and_no_more(batch, heads, context, cores):
+    splits = splits_of(batch, context, cores=cores, num_heads=heads, num_kv_heads=heads)
+    chosen = configs.choose(
+        "decode_attention", Features(), head_dim=128, value_dim=128, group=1, kv_bytes=2,
+        batch=batch,
+    )  # fmt: skip
+    assert 1 <= splits <= chosen["most_splits"]
+    assert splits == 1 or splits * chosen["tokens_a_split"] <= context
+    assert splits == 1 or splits * batch * heads <= chosen["programs_a_core"] * cores
+    assert splits <= splits_of(
+        batch, 2 * context, cores=cores, num_heads=heads, num_kv_heads=heads
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,60 +121,69 @@ def test_splits_are_powers_of_two_that_do_not_grow_with_the_batch(batch, heads, 
     [(1, 4096, 32), (1, 32768, 64), (16, 4096, 4), (64, 4096, 1)],
 )
 def test_splits_with_eight_heads_on_132_cores(batch, context, splits):
-    assert choose_splits(batch, 8, context, 132) == splits
+    assert splits_of(batch, context) == splits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize(
-    "sizes", [(16, 16), (24, 40), (80, 80), (128, 128), (192, 128), (256, 256), (576, 512)]
-)
-def test_sizes_cover_every_column_with_powers_of_two(sizes, dtype):
-    chosen = meta(*sizes, dtype)
-    blocks = [chosen.BLOCK_N, chosen.BLOCK_D, chosen.BLOCK_V]
-    blocks += [chosen.BLOCK_R] if chosen.BLOCK_R else []
-    assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)
-    assert sizes[0] <= chosen.BLOCK_D + chosen.BLOCK_R
-    assert sizes[1] <= chosen.BLOCK_V
+@pytest.mark.parametrize("size", [1, 16, 24, 40, 64, 80, 96, 128, 192, 256, 384, 576])
+def test_blocks_cover_every_column_with_powers_of_two(size):
+    main, tail = column_blocks(size)
+    assert all(block >= 16 and block & (block - 1) == 0 for block in (main, tail) if block)
+    assert size <= main + tail < max(32, 2 * size)
+    assert tail < main
 
 
 @pytest.mark.parametrize("sizes", [(577, 64), (64, 513)])
-def test_refuses_larger_heads(sizes):
+def test_refuses_larger_heads(sizes, device):
+    call = replace(CALLS["plain"], head_dim=sizes[0], value_dim=sizes[1])
+    case = make_case("", call, lengths=(1,))
     with pytest.raises(UnsupportedError, match="choose another attention"):
-        meta(*sizes, torch.float16)
+        case.run(case.make(device, 0), FEATURES)
+
+
+def test_refuses_an_unknown_merge(device, configured):
+    configured(merge="later")
+    case = make_case("", CALLS["plain"], lengths=(1,))
+    with pytest.raises(ContractError, match="known: kernel, last"):
+        case.run(case.make(device, 0), FEATURES)
 
 
 LAUNCHES = """
 import torch
+from bedplate_triton.features import Features
 
 def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
-def launch(heads, kv_heads, size, value_size, splits, dtype, latent=False, **options):
-    q, out = empty(4, heads, size, dtype=dtype), empty(4, heads, value_size, dtype=dtype)
-    keys = empty(5000, kv_heads, size, dtype=dtype)
-    wide = empty(5000, kv_heads, 2 * size, dtype=dtype)
-    values = (keys if latent else wide)[..., :value_size]
-    table, ints = empty(9, 4096, dtype=torch.int32), empty(4, dtype=torch.int32)
-    partial, lse = empty(4, heads, splits, value_size), empty(4, heads, splits)
+def launch(batch, splits, heads=32, kv_heads=8, size=128, dtype=torch.bfloat16, **options):
+    q = empty(batch, heads, size, dtype=dtype)
+    keys, values = empty(2, 5000, kv_heads, size, dtype=dtype)
+    table, ints = empty(9, 4096, dtype=torch.int32), empty(batch, dtype=torch.int32)
+    partial, lse = empty(batch, heads, splits, size), empty(batch, heads, splits)
     decode_attention(
-        q, keys, values, table, ints, ints, out, partial, lse, scale=1.0, **options
+        q, keys, values, table, ints, ints, q, partial, lse, scale=1.0,
+        features=Features(arch="sm_90"), **options
     )
 
-bf16 = torch.bfloat16
-launch(32, 8, 128, 128, 1, bf16)
-launch(32, 8, 128, 128, 64, bf16)
-launch(64, 8, 64, 64, 8, bf16, window=128, softcap=50.0, sinks=empty(64, dtype=bf16))
-launch(8, 4, 256, 256, 4, torch.float16, chunk=8192)
-launch(32, 8, 80, 80, 1, torch.float32)
-launch(128, 1, 576, 512, 16, bf16, latent=True)
+for batch, splits in ((1, 16), (2, 9), (3, 15), (16, 16)):
+    launch(batch, splits)
+with configs.override("decode_attention", merge="last"):
+    for batch, splits in ((1, 64), (2, 3)):
+        launch(batch, splits, counters=empty(64, dtype=torch.int32))
+launch(4, 4, heads=8, kv_heads=4, size=256, chunk=8192)
+launch(4, 1, size=80, dtype=torch.float32)
 """
 
 
-def test_compiles_for_sm_90():
-    """Splits and merges, within the registers and the 227 KiB of shared memory of a core."""
+def test_one_binary_for_every_batch_and_number_of_splits():
+    """And an arrival that comes after what it announces, read past the core's own cache."""
     compiled = compile_launches("bedplate_triton.decode_attention", LAUNCHES)
-    assert len(compiled) == 10  # four of the six launches merge
-    assert [kernel["stack"] for kernel in compiled] == [0] * 10
-    assert max(kernel["shared"] for kernel in compiled) <= 227 * 1024
-    products = [kernel for kernel in compiled if "mma.sync" in kernel["assembly"]]
-    assert len(products) == 5  # all splits but that of float32, which stays exact
+    code = [facts["assembly"] for facts in compiled]
+    assert len(set(code[:8])) == 2  # split and merge, four times
+    assert code[8] == code[9]
+    before, _, after = code[8].partition("atom.global.gpu.acq_rel.add")
+    assert after
+    assert "bar.sync" in before[before.rindex("st.global") :]
+    assert "ld.global.cg" in after
+    assert all(facts["stack"] == 0 for facts in compiled)
+    products = ["mma.sync" in text for text in code[10:]]
+    assert products == [True, False, False]  # of 256, its merge; float32 stays exact

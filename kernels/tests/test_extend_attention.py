@@ -1,201 +1,169 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extend attention against the reference, on shuffled slots among poisoned ones."""
+"""Extend attention: what its cases cannot say, which is small tiles, order and equal bits."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
 from kernels.tests.offline import compile_launches
 
-from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
-from bedplate.batch.forward_mode import ForwardMode
-from bedplate.contract import AttentionBuild, AttentionCallSpec, KVPoolRequest
-from bedplate.memory.kv_pool import LayeredKVPool
-from bedplate.reference.attention import ReferenceAttention
-from bedplate.reference.runtime import TorchRuntime
-from bedplate_triton import extend_attention as module
-from bedplate_triton.extend_attention import extend_attention, meta, split, supports
+from bedplate_triton import configs
+from bedplate_triton.cases import relative_error
+from bedplate_triton.cases.decode_attention import call_options, draw, paged_cache
+from bedplate_triton.cases.extend_attention import CALLS, make_case
+from bedplate_triton.extend_attention import extend_attention, supports
+from bedplate_triton.features import Features
 
-PLAIN = AttentionCallSpec(
-    call_id=0, module="attn", num_heads=6, num_kv_heads=2, head_dim=16, value_dim=16, scale=0.3
-)
-CALLS = {
-    "plain": PLAIN,
-    "one head each": replace(PLAIN, num_heads=2),
-    "eight a key": replace(PLAIN, num_heads=8, num_kv_heads=1),
-    "64": replace(PLAIN, head_dim=64, value_dim=64, scale=0.125),
-    "80": replace(PLAIN, head_dim=80, value_dim=80, scale=0.11),
-    "128": replace(PLAIN, head_dim=128, value_dim=128, scale=0.09),
-    "odd sizes": replace(PLAIN, head_dim=24, value_dim=40),
-    "window": replace(PLAIN, window=5),
-    "wide window": replace(PLAIN, window=100),
-    "chunk": replace(PLAIN, chunk=8),
-    "window in a chunk": replace(PLAIN, chunk=64, window=40),
-    "softcap": replace(PLAIN, softcap=2.0),
-    "sinks": replace(PLAIN, sinks=True),
-    "sinks and window": replace(PLAIN, sinks=True, window=7),
-    "both ways": replace(PLAIN, causal=False),
-    "both ways in a chunk": replace(PLAIN, causal=False, chunk=50, window=20),
-    "latent": replace(
-        PLAIN, num_heads=8, num_kv_heads=1, head_dim=80, value_dim=64, value_in_key=True
-    ),
-    "latent, narrow": replace(
-        PLAIN, num_kv_heads=1, head_dim=64, value_dim=24, value_in_key=True
-    ),
-}
-LENGTHS = [1, 70, 3, 129, 20]
-FRESH = {
-    "whole prompts": LENGTHS,
-    "on a prefix": [1, 33, 2, 64, 7],
-    "mixed": [1, 1, 3, 100, 0],  # the last is a row of padding: it writes nothing
-}
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
-POOL, ROWS, CONTEXT = 256, len(LENGTHS) + 1, 160
+FEATURES = Features(cores=4)
+PLAIN = CALLS["plain"]
 
 
-def fill(call, dtype):
-    """A pool whose used slots are random and whose others are NaN, and its table."""
-    runtime = TorchRuntime("cpu")
-    pages = LayeredKVPool(
-        KVPoolRequest(runtime=runtime, calls=(call,), num_tokens=POOL, page_size=1, dtype=dtype)
-    )
-    generator = torch.Generator().manual_seed(7)
-    slots = torch.randperm(POOL, generator=generator).int() + 1
-    table = torch.zeros((ROWS, CONTEXT), dtype=torch.int32)
-    for row, part in enumerate(slots[: sum(LENGTHS)].split(LENGTHS), start=1):
-        table[row, : len(part)] = part
-    mine = slots[: sum(LENGTHS)].long()
-    stored = [pages.key(0)] if call.value_in_key else [pages.key(0), pages.value(0)]
-    for storage in stored:
-        storage.fill_(float("nan"))
-        used = torch.randn((len(mine), *storage.shape[1:]), generator=generator)
-        storage[mine] = used.to(dtype)
-    return AttentionBuild(
-        runtime=runtime,
-        calls=(call,),
-        kv_pool=pages,
-        req_to_token=table,
-        page_size=1,
-        dtype=dtype,
-        max_batch_size=8,
-        max_context_len=CONTEXT,
-    )
+@pytest.fixture
+def configured():
+    """Overrides values of the configuration."""
+    with ExitStack() as stack:
+        yield lambda **values: stack.enter_context(
+            configs.override("extend_attention", **values)
+        )
 
 
-def batch_of(fresh):
-    """The last ``fresh[i]`` tokens of request i are new; a request without any is padding."""
-    lens, new = (torch.tensor(x, dtype=torch.int32) for x in (LENGTHS, fresh))
-    part = ExtendPart(
-        seq_lens=new,
-        prefix_lens=lens - new,
-        start_loc=(new.cumsum(0) - new).int(),
-        seq_lens_cpu=new,
-        prefix_lens_cpu=lens - new,
-    )
-    rows = torch.arange(1, len(fresh) + 1, dtype=torch.int32)
-    return ForwardBatch(
-        mode=ForwardMode.EXTEND,
-        batch_size=len(fresh),
-        input_ids=torch.zeros(sum(fresh), dtype=torch.int64),
-        positions=torch.zeros(sum(fresh), dtype=torch.int64),
-        req_pool_indices=torch.where(new > 0, rows, 0),
-        seq_lens=lens,
-        seq_lens_cpu=lens,
-        out_cache_loc=torch.zeros(sum(fresh), dtype=torch.int32),
-        extend=part,
-    )
+def check(case, device):
+    inputs = case.make(device, 5)
+    for got, want in zip(case.run(inputs, FEATURES), case.reference(inputs), strict=True):
+        assert relative_error(got, want) <= case.tolerance
 
 
-def draw(call, tokens, dtype):
-    """Queries as models hand them over, strided, and sinks if the call has them."""
-    generator = torch.Generator().manual_seed(11)
-    q = torch.randn((call.num_heads, tokens, call.head_dim), generator=generator)
-    sinks = torch.randn(call.num_heads, generator=generator) if call.sinks else None
-    return q.to(dtype).transpose(0, 1), sinks
-
-
-def launch(built, call, batch, q, sinks, device, *, spare=3):
-    """The result, and what the kernel made of ``spare`` rows behind it that nobody owns."""
-    keys = built.kv_pool.key(0).to(device)
-    size = call.value_dim
-    values = keys[..., :size] if call.value_in_key else built.kv_pool.value(0).to(device)
-    shape = (call.num_heads, len(q) + spare, size)
-    out = torch.full(shape, float("nan"), dtype=q.dtype, device=device).transpose(0, 1)
-    extend_attention(
-        q.to(device),
-        keys,
-        values,
-        built.req_to_token.to(device),
-        batch.req_pool_indices.to(device),
-        batch.seq_lens.to(device),
-        batch.extend.start_loc.to(device),
-        batch.extend.seq_lens.to(device),
-        out,
-        max_extend_len=int(batch.extend.seq_lens_cpu.max()),
-        scale=call.scale,
-        causal=call.causal,
-        window=call.window or 0,
-        chunk=call.chunk or 0,
-        softcap=call.softcap or 0.0,
-        sinks=None if sinks is None else sinks.to(device),
-    )
-    return out.cpu().split([len(q), spare])
-
-
-def check(call, fresh, dtype, device, *, stored=None):
-    built, batch = fill(call, stored or dtype), batch_of(fresh)
-    q, sinks = draw(call, sum(fresh), dtype)
-    ours, behind = launch(built, call, batch, q, sinks, device)
-    theirs = ReferenceAttention(built).forward_extend(q, None, None, call, batch, sinks=sinks)
-    torch.testing.assert_close(ours, theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    assert behind.isnan().all()
-
-
-@pytest.mark.parametrize("fresh", FRESH.values(), ids=FRESH.keys())
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_equals_the_reference(call, dtype, fresh, device):
-    check(call, fresh, dtype, device)
-
-
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_small_tiles_give_the_same(call, device, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "eight a key", "odd sizes", "window", "window in a chunk", "softcap", "sinks",
+     "both ways in a chunk", "latent"],
+)  # fmt: skip
+def test_small_tiles_give_the_same(name, device, configured):
     """Small tiles pass through masked, free and masked blocks at short lengths."""
-    chosen = meta(call.head_dim, call.value_dim, torch.float32)
-    small = chosen | {"BLOCK_M": 16, "BLOCK_N": 16}
-    monkeypatch.setattr(module, "meta", lambda *_: small)
-    check(call, FRESH["on a prefix"], torch.float32, device)
+    configured(BLOCK_M=16, BLOCK_N=16)
+    facts = {"lengths": (70, 3, 9), "fresh": (19, 3, 0), "dtype": torch.float32}
+    check(make_case("", CALLS[name], **facts), device)
 
 
 def test_multi_head_latent_sizes(device):
     """576 and 512: two products a tile of keys, and values that are the keys."""
-    latent = {"num_kv_heads": 1, "head_dim": 576, "value_dim": 512, "value_in_key": True}
-    check(replace(PLAIN, scale=0.04, **latent), FRESH["on a prefix"], torch.float16, device)
+    call = replace(CALLS["latent"], num_heads=6, head_dim=576, value_dim=512, scale=0.04)
+    check(make_case("", call, lengths=(70,), fresh=(9,)), device)
 
 
 def test_a_cache_of_another_dtype(device):
     """Narrow floats are widened to the dtype of the queries."""
-    check(PLAIN, FRESH["mixed"], torch.float16, device, stored=torch.float8_e4m3fn)
+    case = make_case("", PLAIN, lengths=(70,), fresh=(9,), kv_dtype=torch.float8_e4m3fn)
+    check(case, device)
 
 
-def test_a_batch_of_padding_alone_writes_nothing(device):
-    built, batch = fill(PLAIN, torch.float32), batch_of([0] * len(LENGTHS))
-    q, _ = draw(PLAIN, 0, torch.float32)
-    _, behind = launch(built, PLAIN, batch, q, None, device)
-    assert behind.isnan().all()
+class Requests:
+    """A cache with two requests of 90 tokens, and queries of every token of both.
+
+    Args:
+        call: What is attended with.
+        device: Where.
+        dtype: Of queries and cache.
+    """
+
+    length = 90
+
+    def __init__(self, call, device, dtype=torch.bfloat16):
+        lengths = (self.length, self.length)
+        self.cache = paged_cache(device, 2, call, lengths, dtype, 4)
+        self.call, self.options = call, call_options(device, 2, call)
+        shape = (2, self.length, call.num_heads, call.head_dim)
+        self.q = draw(device, 1, shape, dtype)
+
+    def attend(self, *parts, spare=0, **options):
+        """Results of the tokens ``[start, stop)`` of requests, given as triples; a list.
+
+        NaN rows stand behind those of the last part.
+        """
+        device = self.q.device
+        counts = torch.tensor([stop - start for _, start, stop in parts])
+        q = torch.cat([self.q[request, start:stop] for request, start, stop in parts])
+        shape = (len(q) + spare, self.call.num_heads, self.call.value_dim)
+        out = torch.full(shape, float("nan"), dtype=q.dtype, device=device)
+        ints = [
+            torch.tensor([request + 1 for request, _, _ in parts]),
+            torch.tensor([stop for _, _, stop in parts]),
+            counts.cumsum(0) - counts,
+            counts,
+        ]
+        extend_attention(
+            q,
+            self.cache["k_pool"],
+            self.cache["v_pool"],
+            self.cache["req_to_token"],
+            *(each.int().to(device) for each in ints),
+            out,
+            **{
+                "features": FEATURES,
+                "max_extend_len": int(counts.max()),
+                "causal": self.call.causal,
+                **self.options,
+                **options,
+            },
+        )
+        sizes = counts.tolist()
+        sizes[-1] += spare
+        return out.split(sizes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [16, 24, 64, 80, 96, 128, 192, 256, 384, 576])
-def test_tiles_cover_every_column_with_powers_of_two(size, dtype):
-    main, tail = split(size)
-    chosen = meta(size, size, dtype)
-    blocks = [main, chosen["BLOCK_M"], chosen["BLOCK_N"], *([tail] if tail else [])]
-    assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)
-    assert size <= main + tail < max(32, 2 * size)
-    assert tail < main
+BITS = {name: CALLS[name] for name in ("plain", "window in a chunk", "latent")}
+BITS["sinks and window"] = replace(CALLS["sinks and window"], window=23)
+
+
+@pytest.mark.parametrize("call", BITS.values(), ids=BITS.keys())
+def test_invariant_rows_have_the_same_bits_in_every_pass(call, device, configured):
+    """A whole prompt, chunks of it, single tokens, and company of other lengths."""
+    configured(BLOCK_M=32, BLOCK_N=16)
+    requests = Requests(call, device)
+    end = requests.length
+    (whole,) = requests.attend((0, 0, end), invariant=True)
+    assert not whole.isnan().any()
+    passes = [
+        [(0, 0, 21), (1, 0, end)],
+        [(1, 3, 4), (0, 21, 63)],
+        [(0, 63, end)],
+        *([(0, at, at + 1), (1, 0, at % 7 + 1)] for at in (0, 16, end - 1)),
+    ]
+    for parts in passes:
+        for (request, start, stop), got in zip(
+            parts, requests.attend(*parts, invariant=True, max_extend_len=end), strict=True
+        ):
+            if request == 0:
+                assert torch.equal(got, whole[start:stop])
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_rows_that_nobody_owns_stay_as_they_are(invariant, device):
+    requests = Requests(PLAIN, device)
+    (got,) = requests.attend((0, 50, 57), spare=3, invariant=invariant)
+    assert not got[:7].isnan().any()
+    assert got[7:].isnan().all()
+    (got,) = requests.attend((0, 50, 50), spare=3, max_extend_len=9, invariant=invariant)
+    assert got.isnan().all()
+
+
+def test_the_last_rows_start_first(device, configured):
+    """A grid that is too short leaves out the first tokens, which see the fewest keys."""
+    configured(BLOCK_M=16)
+    tokens = 16 // (PLAIN.num_heads // PLAIN.num_kv_heads)
+    (got,) = Requests(PLAIN, device).attend((0, 0, 90), max_extend_len=tokens)
+    written = ~got.isnan().flatten(1).any(1)
+    assert written[-1]
+    assert not written[: 90 - 2 * tokens].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 16), (80, 80), (128, 128), (256, 256), (576, 512)])
+def test_supports_the_sizes_that_it_tiles(sizes, dtype):
+    assert supports(*sizes, dtype)
 
 
 @pytest.mark.parametrize(
@@ -213,44 +181,42 @@ def test_refuses_with_a_reason(sizes, dtype, reason):
     assert reason in verdict.reason
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sizes", [(16, 16), (80, 80), (128, 128), (256, 256), (576, 512)])
-def test_supports_the_sizes_that_it_tiles(sizes, dtype):
-    assert supports(*sizes, dtype)
-
-
 LAUNCHES = """
 import torch
+from bedplate_triton.features import Features
 
 def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
-def launch(heads, kv_heads, size, value_size, dtype, latent=False, **options):
-    q, out = empty(4, heads, size, dtype=dtype), empty(4, heads, value_size, dtype=dtype)
-    keys = empty(5000, kv_heads, size, dtype=dtype)
-    wide = empty(5000, kv_heads, 2 * size, dtype=dtype)
-    values = (keys if latent else wide)[..., :value_size]
-    table, ints = empty(9, 4096, dtype=torch.int32), empty(4, dtype=torch.int32)
+def launch(longest, tokens=64, batch=4, heads=32, kv_heads=8, size=128, latent=0,
+           dtype=torch.bfloat16, **options):
+    q = empty(tokens, heads, size, dtype=dtype)
+    out = empty(tokens, heads, latent or size, dtype=dtype)
+    keys, values = empty(2, 5000, kv_heads, size, dtype=dtype)
+    values = keys[..., :latent] if latent else values
+    table, ints = empty(9, 4096, dtype=torch.int32), empty(batch, dtype=torch.int32)
     extend_attention(
-        q, keys, values, table, ints, ints, ints, ints, out,
-        max_extend_len=1024, scale=1.0, **options,
+        q, keys, values, table, ints, ints, ints, ints, out, max_extend_len=longest, scale=1.0,
+        features=Features(arch="sm_90"), **options
     )
 
-bf16 = torch.bfloat16
-launch(32, 8, 128, 128, bf16)
-launch(64, 8, 64, 64, bf16, window=128, softcap=50.0, sinks=empty(64, dtype=bf16))
-launch(8, 4, 256, 256, torch.float16, chunk=8192)
-launch(128, 1, 576, 512, bf16, latent=True)
-launch(32, 8, 80, 80, torch.float32)
+for longest, tokens, batch in ((1024, 1024, 1), (1000, 1016, 16), (777, 2048, 3)):
+    launch(longest, tokens, batch)
+for longest in (1, 16, 4096):
+    launch(longest, invariant=True)
+launch(64, heads=128, kv_heads=1, size=576, latent=512)
+launch(64, size=80, dtype=torch.float32)
 """
 
 
-def test_compiles_for_sm_90():
-    """Within 227 KiB of shared memory; the widest tiles may spill a little."""
+def test_one_binary_for_every_length():
+    """Within a class of lengths, and for all where bits must not depend on them."""
     compiled = compile_launches("bedplate_triton.extend_attention", LAUNCHES)
-    assert len(compiled) == 5
-    assert max(kernel["shared"] for kernel in compiled) <= 227 * 1024
-    budget = [0, 0, 32, 256, 0]
-    assert all(kernel["stack"] <= most for kernel, most in zip(compiled, budget, strict=True))
-    products = ["wgmma" in kernel["assembly"] for kernel in compiled]
-    assert products == [True] * 4 + [False]  # float32 stays exact
+    code = [facts["assembly"] for facts in compiled]
+    assert code[0] == code[1] == code[2]
+    assert code[3] == code[4] == code[5]
+    assert max(facts["shared"] for facts in compiled) <= 227 * 1024
+    budget = [0] * 6 + [128, 0]  # the widest tiles may spill a little
+    assert all(facts["stack"] <= most for facts, most in zip(compiled, budget, strict=True))
+    products = ["wgmma" in text for text in code]
+    assert products == [True] * 7 + [False]  # float32 stays exact

@@ -25,7 +25,7 @@ def _product(a, b, out, count, n: tl.constexpr):
     lanes = tl.arange(0, n)
     where = lanes[:, None] * n + lanes[None, :]
     acc = tl.zeros([n, n], tl.float32)
-    for _ in range(0, count):  # a bound that is a tensor
+    for _ in range(count):  # a bound that is a tensor
         acc = tl.dot(tl.load(a + where), tl.load(b + where), acc)
     tl.store(out + where, acc)
 
@@ -35,7 +35,8 @@ def draw(*shape, device):
 
 
 def test_casts_round_to_nearest(device):
-    x = torch.cat((draw(120, device=device), torch.tensor([float("nan"), float("inf"), 0.0, -0.0] * 2, device=device)))  # fmt: skip
+    special = torch.tensor([float("nan"), float("inf"), 0.0, -0.0] * 2, device=device)
+    x = torch.cat((draw(120, device=device), special))
     out = torch.empty(128, dtype=torch.bfloat16, device=device)
     _cast[(1,)](x, out, 128)
     torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)

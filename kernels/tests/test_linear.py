@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from kernels.tests.offline import compile_launches
@@ -36,19 +38,10 @@ SIZES = {
 
 
 @pytest.fixture
-def sized(monkeypatch):
-    """Let these values be chosen for linear layers, whatever the files say."""
-    files = configs.choose
-
-    def choose_only(values):
-        chosen = {**configs.find("linear", "").default, **values}
-        monkeypatch.setattr(
-            configs,
-            "choose",
-            lambda op, *a, **k: chosen if op == "linear" else files(op, *a, **k),
-        )
-
-    return choose_only
+def sized():
+    """Let these values be chosen, whatever the files say."""
+    with ExitStack() as stack:
+        yield lambda values: stack.enter_context(configs.override("linear", **values))
 
 
 @pytest.fixture
@@ -133,7 +126,10 @@ def test_many_rows_are_torch_s_own(given):
         ({"bias": torch.ones(7)}, r"a bias of \[7\] for 14 outputs"),
         ({"norm_weight": torch.ones(7)}, r"a weight of \[7\] for 170 features"),
         ({"norm_weight": None}, "no weight with order 'weight_fp32'"),
-        ({"residual": torch.ones(170)}, r"residual \[170\] for \[3, 170\]"),
+        ({"norm_weight": torch.ones(340)[::2]}, "a weight that is contiguous"),
+        ({"weight": torch.ones(14, 170).half()}, "weights of torch.float16 for input of"),
+        ({"residual": torch.ones(170)}, r"residual \[170\] of torch.float32 for \[3, 170\]"),
+        ({"residual": torch.ones(3, 170).half()}, "residual .* of torch.float16"),
     ],
 )
 def test_refuses_what_does_not_fit(change, match, given):

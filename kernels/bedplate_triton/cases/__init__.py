@@ -12,16 +12,18 @@ from __future__ import annotations
 
 __all__ = ["Case", "Inputs", "all_cases", "case_modules", "relative_error"]
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-from bedplate_triton.features import Features
+    import torch
+    from torch import Tensor
+
+    from bedplate_triton.features import Features
 
 Inputs: TypeAlias = dict[str, Any]
 """Arguments of a case, by name."""
@@ -75,7 +77,7 @@ def all_cases(small: bool | None = None) -> tuple[Case, ...]:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """``‖got − want‖ / ‖want‖``; infinite if a number is missing, or shapes or dtypes differ."""
+    """``‖got − want‖ / ‖want‖``; infinite if a number is missing, or shape or dtype differs."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return float("inf")
     gap = (got.double() - want.double()).norm()

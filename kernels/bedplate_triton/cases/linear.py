@@ -146,7 +146,7 @@ CASES = (
     _case("four rows, several chunks", rows=(2, 2), n=5, size=1104),
     _case("four rows of float32", rows=(4,), n=7, size=200, bias=True, dtype=torch.float32),
     _case("five rows", rows=(5,), n=37, size=72, bias=True),
-    _case("seventeen rows that lie apart", rows=(17,), n=130, size=200, padding=24),
+    _case("seventeen rows that lie apart", rows=(17,), n=70, size=272, padding=32),
     _case("five rows of float32", rows=(5,), n=37, size=72, dtype=torch.float32),
     _case("rounds before the weight", rows=(2,), n=6, size=1104, order="weight_after_cast"),
     _case("one more than the weight", rows=(1,), n=9, size=72, order="one_plus_weight_fp32"),

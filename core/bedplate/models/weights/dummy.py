@@ -29,11 +29,15 @@ class DummySource:
     Args:
         module: Whose parameters; only their names, shapes and owners matter.
         seed: Together with the name it decides the values.
+        device: Where tensors are made; the values are the same everywhere.
     """
 
-    def __init__(self, module: nn.Module, *, seed: int = 0) -> None:
+    def __init__(
+        self, module: nn.Module, *, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
         self._module = module
         self._seed = seed
+        self._device = device
         self.infos: dict[str, TensorInfo] = {
             name: TensorInfo(
                 name=name, shape=tuple(value.shape), dtype=value.dtype, origin="dummy"
@@ -42,7 +46,7 @@ class DummySource:
         }
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name, made on the host."""
+        """The tensor of that name, made anew; only one block of numbers comes from the host."""
         info = self.infos[name]
         if not info.dtype.is_floating_point:
             return torch.zeros(info.shape, dtype=info.dtype)
@@ -54,6 +58,7 @@ class DummySource:
         )
         count = torch.Size(info.shape).numel()
         block = torch.randn(min(count, BLOCK), generator=generator).mul_(STD).to(info.dtype)
+        block = block.to(self._device)
         repeats = -(-count // max(block.numel(), 1))
         return block.repeat(repeats)[:count].view(info.shape)
 

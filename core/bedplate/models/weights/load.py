@@ -113,7 +113,10 @@ def load_model(
             attn_implementation=attn_implementation,
         )
         index = _fill(
-            module, source or DummySource(module, seed=seed), torch.device(device), progress
+            module,
+            source or DummySource(module, seed=seed, device=device),
+            torch.device(device),
+            progress,
         )
     generation_config = _generation_config(folder, config)
     module.generation_config = generation_config

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times on an accelerator, and its ceilings: what every figure is held against."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    """What the device reached in this run.
+
+    Attributes:
+        device: Its name.
+        copy_tbs: A large copy, bytes read plus bytes written, TB/s.
+        read_tbs: A large read, TB/s.
+        tflops: A bfloat16 product of 8192 × 8192 × 8192 on random numbers.
+    """
+
+    device: str
+    copy_tbs: float
+    read_tbs: float
+    tflops: float
+
+    def floor_us(self, nbytes: int, flops: int) -> float:
+        """Least time for so many bytes and operations, with these ceilings."""
+        memory = max(self.copy_tbs, self.read_tbs) * 1e6
+        return max(nbytes / memory, flops / (self.tflops * 1e6))
+
+    def as_json(self) -> dict[str, object]:
+        """For result files."""
+        return asdict(self)
+
+
+def time_us(function: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of one call on the current stream, by events."""
+    for _ in range(3):
+        function()
+    marks = [torch.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        function()
+        mark.record()
+    marks[-1].synchronize()
+    times = [a.elapsed_time(b) for a, b in pairwise(marks)]
+    return statistics.median(times) * 1e3
+
+
+def recorded_us(functions: Sequence[Callable[[], object]], repeats: int = 20) -> float:
+    """Median time of one of these calls inside a graph that makes them all, in turn.
+
+    Gaps between launches are those of a recorded step; with enough different inputs, caches
+    are as cold as there.
+    """
+    for function in functions:
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for function in functions:
+            function()
+    return time_us(graph.replay, repeats) / len(functions)
+
+
+def measure_ceilings() -> Ceilings:
+    """Copy, read and multiply as fast as torch does."""
+    copy, read = _memory_tbs()
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    tflops = 2 * 8192**3 / time_us(lambda: a @ b) / 1e6
+    return Ceilings(
+        device=torch.cuda.get_device_name(), copy_tbs=copy, read_tbs=read, tflops=tflops
+    )
+
+
+def _memory_tbs() -> tuple[float, float]:
+    """TB/s of a copy, read and written bytes together, and of a pure read."""
+    words = torch.empty(1 << 30, dtype=torch.int32, device="cuda").random_()
+    target = torch.empty_like(words)
+    numbers = words.view(-1, 1 << 18)
+    copy = 2 * words.nbytes / time_us(lambda: target.copy_(words))
+    read = words.nbytes / time_us(lambda: torch.amax(numbers, dim=1))
+    return copy / 1e6, read / 1e6
