@@ -14,18 +14,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bedplate_cuda.ops import device_features
 from bedplate_triton import configs
 from bedplate_triton.cases import Case, all_cases, relative_error
+from bedplate_triton.features import Features
+from benchmarks.compiling import compile_all
 from benchmarks.device import measure_ceilings, recorded_us
 
 _ENOUGH_BYTES = 192 << 20
@@ -110,7 +111,6 @@ class _Asked(Exception):  # noqa: N818 - not an error
 
 def key_of(case: Case, file: str) -> Candidate | None:
     """What the case asks ``choose`` for, of this file; ``None`` if it never does."""
-    from bedplate_triton.features import Features
 
     def ask(op: str, features: Any, **key: Any) -> Candidate:
         if op == file:
@@ -127,48 +127,6 @@ def key_of(case: Case, file: str) -> Candidate | None:
     finally:
         configs.choose = original
     return None
-
-
-def compile_one(facts: tuple[Any, str, str, Candidate]) -> str:
-    """Compile what a case launches with a candidate into the disk's cache; the fault if any."""
-    import triton
-
-    from bedplate_cuda import ops
-
-    features, file, label, candidate = facts
-    features = ops.with_chain(features)
-    run = triton.runtime.JITFunction.run
-    triton.runtime.JITFunction.run = lambda kernel, *args, grid, warmup, **options: run(
-        kernel, *args, grid=grid, warmup=True, **options
-    )
-    try:
-        triton.runtime.driver.set_active(_Offline(features.arch))
-        case = next(case for case in all_cases(small=False) if case.label == label)
-        with configs.override(file, **candidate):
-            case.run(case.make(torch.device("meta"), 0), features)
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:120]}"
-    finally:
-        triton.runtime.JITFunction.run = run
-    return ""
-
-
-class _Offline:
-    """A driver that knows its target and needs no context."""
-
-    def __init__(self, arch: str) -> None:
-        self.capability = int(arch.removeprefix("sm_"))
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _device: int) -> int:
-        return 0
 
 
 def time_candidates(
@@ -211,19 +169,15 @@ def main() -> int:
         for case in all_cases(small=False)
         if any(word in case.label for word in words) and (key := key_of(case, file)) is not None
     ]
-    from bedplate_cuda import ops
-
-    features = ops.device_features()
-    plain = ops.without_chain(features)
+    features = device_features()
     jobs = [
-        (plain, file, case.label, candidate)
+        (file, case.label, candidate)
         for file, case, key in work
         for candidate in SPACES[file](key)
     ]
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
-        faults = list(pool.map(compile_one, jobs, chunksize=4))
+    faults = compile_all(jobs, features)
     pairs = zip(jobs, faults, strict=True)
-    broken = {(file, label, repr(c)) for (_, file, label, c), fault in pairs if fault}
+    broken = {(file, label, repr(c)) for (file, label, c), fault in pairs if fault}
     seconds = time.perf_counter() - begin
     print(f"{len(jobs)} candidates, {len(broken)} do not compile, {seconds:.0f} s")
     print(*sorted({fault for fault in faults if fault})[:6], sep="\n")
@@ -242,7 +196,7 @@ def main() -> int:
             print(
                 f"   {microseconds:9.2f} us {floor / microseconds:4.0%} {candidate}", flush=True
             )
-        for microseconds, candidate in [b for b in best if b[1].get("form") == "torch"]:
+        for microseconds in [us for us, each in best if each.get("form") == "torch"]:
             print(f"   {microseconds:9.2f} us torch")
         rows.append({"case": case.label, "key": key, "floor_us": floor, "best": best[:12]})
         torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from benchmarks.compiling import compile_all
 from benchmarks.device import Ceilings, measure_ceilings, recorded_us
 
 from bedplate_cuda.ops import device_features
@@ -59,12 +60,13 @@ def main() -> int:
     parser.add_argument("--only", default="", help="labels with this word")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    features, ceilings = device_features(), measure_ceilings()
+    features = device_features()
+    cases = [case for case in all_cases(small=False) if options.only in case.label]
+    compile_all([(None, case.label, {}) for case in cases], features)
+    ceilings = measure_ceilings()
     print(ceilings)
     rows, failed = [], 0
-    for case in all_cases(small=False):
-        if options.only not in case.label:
-            continue
+    for case in cases:
         try:
             row = measure(case, features, ceilings)
         except Exception as error:

@@ -10,8 +10,8 @@ the lowest logit that stays by bisection over integers that are ordered like the
 nothing is sorted; the maxima of the blocks bound it from below, and so the bisection mostly
 runs over the few candidates above that bound.
 
-Weights are ``exp(logit / T − best / T)`` in float32, rounded as torch rounds them; only sums
-are in another order. Nothing is atomic: the same input gives the same token.
+Weights are ``exp(logit / T − best / T)`` in float32 with quotients rounded as torch rounds
+them; sums are in another order. Nothing is atomic: the same input gives the same token.
 
 Shapes: S rows that sample, V vocabulary, N blocks, R request rows.
 """
@@ -84,6 +84,8 @@ def sample_tokens(
     tokens = torch.empty(size, dtype=torch.int64, device=logits.device)
     if size == 0:
         return tokens
+    # Only GROUP may depend on the rows: all else orders sums, and then the same row would not
+    # give the same token in every batch.
     sizes = configs.choose("sampling", features, rows=triton.next_power_of_2(size))
     blocks = triton.cdiv(vocabulary, sizes["BLOCK"])
     peaks = logits.new_empty((size, blocks))

@@ -114,7 +114,7 @@ class Requests:
         return out.split(sizes)
 
 
-BITS = {name: CALLS[name] for name in ("plain", "window in a chunk", "latent")}
+BITS = {name: CALLS[name] for name in ("plain", "latent")}
 BITS["sinks and window"] = replace(CALLS["sinks and window"], window=23)
 
 

@@ -27,6 +27,7 @@ from bedplate.contract import (
     AttentionRequest,
     Support,
 )
+from bedplate_cuda.ops import device_features
 from bedplate_triton.decode_attention import choose_splits, decode_attention
 from bedplate_triton.extend_attention import extend_attention
 from bedplate_triton.extend_attention import supports as extend_supports
@@ -34,6 +35,7 @@ from bedplate_triton.kv_write import write_kv
 
 if TYPE_CHECKING:
     from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate_triton.features import Features
 
 _LONG_PROMPT = 256
 """Whole prompts from so many tokens on go to torch's attention; a guess, not yet measured."""
@@ -47,18 +49,20 @@ class TritonAttention(AttentionBackend):
 
     Args:
         build: Pools, table and limits.
-        cores: Multiprocessors to fill; the device's when not given.
+        features: The device; the current one when not given.
     """
 
-    def __init__(self, build: AttentionBuild, *, cores: int | None = None) -> None:
+    def __init__(self, build: AttentionBuild, *, features: Features | None = None) -> None:
         self._pool = build.kv_pool
         self._req_to_token = build.req_to_token
         self._max_context_len = build.max_context_len
         device = build.req_to_token.device
-        self._cores = cores or torch.cuda.get_device_properties(device).multi_processor_count
+        self._features = features or device_features()
         partial, sums = self._workspace_sizes(build)
         self._partial = torch.empty(partial, dtype=torch.float32, device=device)
         self._sums = torch.empty(sums, dtype=torch.float32, device=device)
+        most = build.max_batch_size * max(call.num_heads for call in build.calls)
+        self._counters = torch.zeros(most, dtype=torch.int32, device=device)
         self._max_extend_len = 0
         self._prompts: list[slice] = []
 
@@ -104,6 +108,8 @@ class TritonAttention(AttentionBackend):
             out,
             partial,
             sums.view(size, call.num_heads, splits),
+            features=self._features,
+            counters=self._counters,
             scale=call.scale,
             window=call.window or 0,
             chunk=call.chunk or 0,
@@ -141,6 +147,7 @@ class TritonAttention(AttentionBackend):
             extend.start_loc,
             extend.seq_lens,
             out,
+            features=self._features,
             max_extend_len=self._max_extend_len,
             scale=call.scale,
             causal=call.causal,
@@ -158,14 +165,24 @@ class TritonAttention(AttentionBackend):
         keys, values = self._pool.key(call.cache_id), self._pool.value(call.cache_id)
         if k is not None and call.alias_of is None:
             fresh = None if v is None or call.value_in_key else _adjacent(v)
-            write_kv(_adjacent(k), fresh, batch.out_cache_loc, keys, values)
+            write_kv(
+                _adjacent(k), fresh, batch.out_cache_loc, keys, values, features=self._features
+            )
         return keys, values
 
     def _splits(self, call: AttentionCallSpec, batch_size: int) -> int:
-        """S; a power of two."""
+        """S."""
         limits = (self._max_context_len, call.window, call.chunk)
-        reach = min(limit for limit in limits if limit is not None)
-        return choose_splits(batch_size, call.num_kv_heads, reach, self._cores)
+        return choose_splits(
+            self._features,
+            batch_size=batch_size,
+            num_heads=call.num_heads,
+            num_kv_heads=call.num_kv_heads,
+            head_dim=call.head_dim,
+            value_dim=call.value_dim,
+            kv_dtype=self._pool.dtype,
+            max_context_len=min(limit for limit in limits if limit is not None),
+        )
 
     def _workspace_sizes(self, build: AttentionBuild) -> tuple[int, int]:
         """Elements of the partial results and of their sums, for every batch and call."""

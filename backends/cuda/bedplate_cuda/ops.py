@@ -29,13 +29,13 @@ _CHAINED_FROM = 90
 
 
 @triton.jit
-def _wait():
+def _wait() -> None:
     """Until the kernels before have finished, and what they wrote can be seen."""
     extra.gdc_wait()
 
 
 @triton.jit
-def _release():
+def _release() -> None:
     """The next kernel may begin."""
     extra.gdc_launch_dependents()
 
@@ -70,7 +70,7 @@ def _features(index: int) -> Features:
             arch=f"sm_{properties.major}{properties.minor}",
             device=properties.name,
             cores=properties.multi_processor_count,
-            shared_bytes=properties.shared_memory_per_block_optin,
+            shared_bytes=int(getattr(properties, "shared_memory_per_block_optin", 48 << 10)),
         )
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 __all__ = ["backend"]
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bedplate.contract import (
     ActivateRequest,
@@ -24,7 +24,7 @@ from bedplate.contract import (
 from bedplate_cuda import driver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from bedplate.graph.runner import GraphRunner
 
@@ -70,6 +70,11 @@ class CudaBackend:
         ]
 
     @hookimpl
+    def bedplate_configure(self, config: Mapping[str, Any]) -> Mapping[str, tuple[Any, str]]:
+        """Long passes: a device that multiplies so fast is not filled by short ones."""
+        return {"chunked_prefill_tokens": (8192, "fills the device, in few passes")}
+
+    @hookimpl
     def bedplate_activate(self, request: ActivateRequest) -> DeviceRuntime:
         """Take the device: the context is created here."""
         from bedplate_cuda.runtime import CudaRuntime
@@ -86,9 +91,9 @@ class CudaBackend:
     @hookimpl
     def bedplate_register_ops(self, registry: OpRegistry) -> None:
         """Triton's operations."""
-        from bedplate_triton.ops import register
+        from bedplate_cuda.ops import register
 
-        register(registry, provider="cuda")
+        register(registry)
 
     @hookimpl
     def bedplate_register_attention(

@@ -87,7 +87,11 @@ def capabilities(runtime: DeviceRuntime) -> BackendCapabilities:
         compute_dtypes=_DTYPES,
         kv_dtypes=_DTYPES,
         graph=GraphCapabilities(
-            supported=True, default=True, stable_addresses=True, shared_pool=True
+            supported=True,
+            default=True,
+            stable_addresses=True,
+            shared_pool=True,
+            sampling_inside=True,
         ),
         memory=MemoryCapabilities(
             asynchronous=True,

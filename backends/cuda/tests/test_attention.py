@@ -19,6 +19,7 @@ from bedplate.reference.attention import ReferenceAttention
 from bedplate.reference.runtime import TorchRuntime
 from bedplate_cuda import attention as module
 from bedplate_cuda.attention import TritonAttention, provider
+from bedplate_triton.features import Features
 
 DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
 PLAIN = AttentionCallSpec(
@@ -112,7 +113,7 @@ def inputs(call, tokens, dtype):
 
 
 def triton(built):
-    return TritonAttention(built, cores=4)
+    return TritonAttention(built, features=Features(cores=4))
 
 
 def run(make, call, lengths, fresh, dtype, mode=None):

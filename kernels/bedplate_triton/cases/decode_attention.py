@@ -10,6 +10,7 @@ __all__ = [
     "CALLS",
     "CASES",
     "LARGE_POOL",
+    "MODELS",
     "call_options",
     "draw",
     "make_case",
@@ -247,9 +248,10 @@ def make_case(
 
 
 def _large(name: str, call: AttentionCallSpec, lengths: tuple[int, ...], target: float) -> Case:
-    """A batch of a model, on pages of 16 tokens; keys and values are read once."""
+    """A batch of a model, on pages of 16 tokens; visible keys and values are read once."""
     width = call.head_dim if call.value_in_key else call.head_dim + call.value_dim
-    total, batch = sum(lengths), len(lengths)
+    total = sum(min(length, call.window or length) for length in lengths)
+    batch = len(lengths)
     ends = 2 * batch * call.num_heads * (call.head_dim + call.value_dim)
     return make_case(
         name,
@@ -265,14 +267,27 @@ def _large(name: str, call: AttentionCallSpec, lengths: tuple[int, ...], target:
     )
 
 
-_8B = replace(
-    _PLAIN, num_heads=32, num_kv_heads=8, head_dim=128, value_dim=128, scale=128**-0.5
-)
-_06B = replace(_8B, num_heads=16)
-_LATENT = replace(
-    _8B, num_heads=128, num_kv_heads=1, head_dim=576, value_dim=512, scale=192**-0.5,
-    value_in_key=True,
-)  # fmt: skip
+MODELS = {
+    "32/8/128": replace(
+        _PLAIN, num_heads=32, num_kv_heads=8, head_dim=128, value_dim=128, scale=128**-0.5
+    ),
+    "16/8/128": replace(
+        _PLAIN, num_heads=16, num_kv_heads=8, head_dim=128, value_dim=128, scale=128**-0.5
+    ),
+    "8/4/256": replace(
+        _PLAIN, num_heads=8, num_kv_heads=4, head_dim=256, value_dim=256, scale=1 / 16
+    ),
+    "64/8/64, window and sinks": replace(
+        _PLAIN, num_heads=64, num_kv_heads=8, head_dim=64, value_dim=64, scale=1 / 8,
+        window=128, sinks=True,
+    ),
+    "latent 128 of 576": replace(
+        _PLAIN, num_heads=128, num_kv_heads=1, head_dim=576, value_dim=512, scale=192**-0.5,
+        value_in_key=True,
+    ),
+}  # fmt: skip
+"""Calls of real models."""
+
 _RAGGED = tuple(Random(1).randint(512, 1536) for _ in range(256))
 
 CASES = (
@@ -291,11 +306,18 @@ CASES = (
         kv_dtype=torch.float8_e5m2,
         scales={"k_scale": 0.5, "v_scale": 3.0},
     ),
-    _large("1 of 4096, 32/8/128", _8B, (4096,), 0.43),
-    _large("1 of 32768, 32/8/128", _8B, (32768,), 0.75),
-    _large("16 of 4096, 32/8/128", _8B, (4096,) * 16, 0.82),
-    _large("64 of 4096, 32/8/128", _8B, (4096,) * 64, 0.88),
-    _large("256 of 512 to 1536, 32/8/128", _8B, _RAGGED, 0.82),
-    _large("256 of 1024, 16/8/128", _06B, (1024,) * 256, 0.82),
-    _large("32 of 4096, latent 128 of 576", _LATENT, (4096,) * 32, 0.5),
+    *(
+        _large(f"{batch} of {length}, {model}", MODELS[model], (length,) * batch, target)
+        for batch, length, model, target in (
+            (1, 4096, "32/8/128", 0.43),
+            (1, 32768, "32/8/128", 0.75),
+            (16, 4096, "32/8/128", 0.82),
+            (64, 4096, "32/8/128", 0.88),
+            (256, 1024, "16/8/128", 0.82),
+            (64, 4096, "8/4/256", 0.85),
+            (64, 4096, "64/8/64, window and sinks", 0.0),
+            (32, 4096, "latent 128 of 576", 0.5),
+        )
+    ),
+    _large("256 of 512 to 1536, 32/8/128", MODELS["32/8/128"], _RAGGED, 0.82),
 )

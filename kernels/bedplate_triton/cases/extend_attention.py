@@ -20,6 +20,7 @@ from bedplate.reference.attention import attend, visible
 from bedplate_triton.cases import Case, Inputs, decode_attention
 from bedplate_triton.cases.decode_attention import (
     LARGE_POOL,
+    MODELS,
     call_options,
     draw,
     paged_cache,
@@ -168,14 +169,18 @@ def _large(
     lengths: tuple[int, ...],
     fresh: tuple[int, ...],
     target: float,
+    *,
+    model: str = "32/8/128",
     options: dict[str, Any] | None = None,
 ) -> Case:
-    """Heads of an 8B model on pages of 16 tokens; keys and values are read once at least."""
-    call = replace(
-        _PLAIN, num_heads=32, num_kv_heads=8, head_dim=128, value_dim=128, scale=128**-0.5
+    """Prompts on pages of 16 tokens; keys and values are read once at least."""
+    call = MODELS[model]
+    seen = sum(
+        min(position + 1, call.window or length)
+        for length, count in zip(lengths, fresh, strict=True)
+        for position in range(length - count, length)
     )
-    pairs = zip(lengths, fresh, strict=True)
-    seen = sum(count * (2 * length - count + 1) // 2 for length, count in pairs)
+    heads, kv_heads, width = call.num_heads, call.num_kv_heads, call.head_dim + call.value_dim
     return make_case(
         name,
         call,
@@ -185,8 +190,8 @@ def _large(
         least_bytes=LARGE_POOL,
         options=options,
         small=False,
-        nbytes=4 * 128 * (8 * sum(lengths) + 32 * sum(fresh)),
-        flops=4 * 32 * 128 * seen,
+        nbytes=2 * width * (kv_heads * sum(lengths) + heads * sum(fresh)),
+        flops=2 * heads * width * seen,
         target=target,
     )
 
@@ -216,5 +221,9 @@ CASES = (
     _large("2048 on a prefix of 6144", (8192,), (2048,), 0.45),
     _large("16 prompts of 1024", (1024,) * 16, (1024,) * 16, 0.4),
     _large("verify 4 of each of 16", (4096,) * 16, (4,) * 16, 0.0),
-    _large("prompt of 4096, invariant", (4096,), (4096,), 0.0, {"invariant": True}),
+    _large("prompt of 4096, invariant", (4096,), (4096,), 0.0, options={"invariant": True}),
+    *(
+        _large(f"prompt of 4096, {model}", (4096,), (4096,), 0.0, model=model)
+        for model in ("8/4/256", "64/8/64, window and sinks", "latent 128 of 576")
+    ),
 )

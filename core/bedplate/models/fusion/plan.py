@@ -73,8 +73,8 @@ class FusionPlan:
             site.apply()
 
     def revert(self) -> None:
-        """Give every module its own ``forward`` back."""
-        for site in self.sites:
+        """Give every module its own ``forward`` back; what was put on top goes first."""
+        for site in reversed(self.sites):
             site.revert()
 
 
@@ -126,7 +126,7 @@ def fuse(
         applied = [site for site, (_, ok) in zip(kind, results, strict=True) if ok]
         broken = _check_model(module, runs, references) if applied else ""
         if broken:
-            for site in applied:
+            for site in reversed(applied):
                 site.revert()
         for site, (decision, ok) in zip(kind, results, strict=True):
             decisions.append(_decision(site, "failed", broken) if ok and broken else decision)

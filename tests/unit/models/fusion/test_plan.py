@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
 from bedplate.errors import ConfigError, UnsupportedError
-from bedplate.models.fusion import fuse
+from bedplate.models.fusion import fuse as fuse_any
 from bedplate.models.fusion.site import difference
 from bedplate.models.weights import (
     WeightIndex,
@@ -18,6 +20,9 @@ from bedplate.models.weights import (
 )
 from bedplate.reference.ops import rms_norm
 from bedplate.testing.tiny_models import FAMILIES, family, tiny_model
+
+fuse = partial(fuse_any, mode="leaf")
+"""Blocks have tests of their own."""
 
 IDS = torch.arange(3, 20)[None]
 
@@ -47,19 +52,20 @@ def test_no_family_changes_its_answer(name, ops):
 
 
 @pytest.mark.parametrize(
-    ("name", "siblings", "norm"),
+    ("name", "siblings", "norm", "linear"),
     [
-        ("llama", 8, 9),
-        ("qwen3", 8, 17),
-        ("gemma2", 8, 17),
-        ("deepseek_v3", 8, 17),
-        ("gpt2", 0, 0),
+        ("llama", 8, 9, 9),
+        ("qwen3", 8, 17, 9),
+        ("gemma2", 8, 17, 9),
+        ("deepseek_v3", 8, 17, 17),
+        ("gpt2", 0, 0, 1),
     ],
 )
-def test_what_is_found(name, siblings, norm, ops):
+def test_what_is_found(name, siblings, norm, linear, ops):
     plan = fuse(tiny_model(*family(name)), ops(rms_norm=rms_norm))
-    assert (plan.counts().get("siblings", 0), plan.counts().get("norm", 0)) == (siblings, norm)
-    assert len(plan.decisions) == 1 + siblings + norm
+    found = [plan.counts().get(pattern, 0) for pattern in ("siblings", "norm", "linear")]
+    assert found == [siblings, norm, linear]
+    assert len(plan.decisions) == 1 + siblings + norm + linear
 
 
 def test_bfloat16_norms_keep_every_bit(ops):
@@ -109,8 +115,8 @@ def test_off_touches_nothing(qwen3, ops):
 
 
 def test_an_unknown_mode_names_the_known(qwen3, ops):
-    with pytest.raises(ConfigError, match="off, leaf"):
-        fuse(qwen3, ops(), mode="block")
+    with pytest.raises(ConfigError, match="off, leaf, block"):
+        fuse(qwen3, ops(), mode="whole")
 
 
 def test_a_model_that_cannot_run_alone_stays_as_it_is(qwen3, ops):
@@ -184,7 +190,7 @@ class TestWeightsOfAFusedModel:
         self.model.save_pretrained(tmp_path / "first")
         loaded = load_model(tmp_path / "first")
         self.plan = fuse(loaded.module, ops())
-        assert self.plan.counts() == {"siblings": 8}
+        assert self.plan.counts() == {"siblings": 8, "linear": 9}
         return loaded
 
     def test_the_index_still_sees_every_tensor(self, fused):

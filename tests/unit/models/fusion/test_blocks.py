@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole layers by operations: found by numbers, proven by numbers, taken back without trace."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from bedplate.contract import OpProvider
+from bedplate.errors import InternalError
+from bedplate.models.adapter import HFModel
+from bedplate.models.fusion import fuse
+from bedplate.models.fusion.site import difference
+from bedplate.models.fusion.trial import Trial
+from bedplate.models.probe import probe
+from bedplate.models.weights import WeightIndex, update_weights_from_tensor
+from bedplate.reference import ops as reference
+from bedplate.reference.ops import OPERATIONS
+from bedplate.reference.rope import qk_norm_rope_write
+from bedplate.registry.decisions import DecisionLog
+from bedplate.registry.ops import Operations
+from bedplate.testing.tiny_models import FAMILIES, family, tiny_model
+
+ATTENTION_ONLY = {"cohere2", "nemotron"}  # norms of their own stand around the attention
+NO_BLOCK = {
+    "ministral3", "llama4_text",  # queries grow with the position
+    "gemma4_text",  # values are normed, and some layers read another's keys
+    "gpt2", "opt",  # no plain linears; positions through a seam
+    "deepseek_v2", "deepseek_v3", "minicpm3", "glm4_moe_lite", "longcat_flash",  # latent
+}  # fmt: skip
+MAX_POSITIONS = 256
+
+
+class Bench:
+    """A tiny model behind its bridge, and a registry in which a backend has every kernel."""
+
+    def __init__(self, name, dtype=torch.float32, **replaced):
+        model_class, config = family(name)
+        spec = probe(model_class, config)
+        self.module = tiny_model(model_class, config, dtype=dtype)
+        self.model = HFModel(self.module, spec)
+        self.trial = Trial(self.model, MAX_POSITIONS)
+        self.calls = []
+        self.ops = Operations(OPERATIONS, DecisionLog(), "test")
+        for op, call in {**OPERATIONS, **replaced}.items():
+            if call is not None:
+                self.ops.register(OpProvider(op=op, provider="k", call=self.counted(op, call)))
+
+    def counted(self, op, call):
+        def run(*args, **kwargs):
+            self.calls.append(op)
+            return call(*args, **kwargs)
+
+        return run
+
+    def logits(self, tokens=8):
+        with torch.no_grad():
+            return self.trial.run(self.module, tokens)
+
+    def fuse(self, mode="block"):
+        self.plan = fuse(self.module, self.ops, mode=mode, trial=self.trial)
+        return self.plan
+
+    def shadowed(self):
+        return any("forward" in vars(part) for part in self.module.modules())
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name, dtype):
+    bench = Bench(name, dtype)
+    before = bench.logits(), bench.logits(1)
+    counts = bench.fuse().counts()
+    layers = bench.model.spec.num_layers
+    found = counts.get("attention_block", 0), counts.get("layer", 0)
+    want = (layers, layers)
+    if name in ATTENTION_ONLY:
+        want = (layers, 0)
+    if name in NO_BLOCK:
+        want = (0, 0)
+    assert found == want
+    failed = [d for d in bench.plan.decisions if d.candidates[0].verdict == "failed"]
+    assert failed == []
+    limit = 1e-5 if dtype == torch.float32 else 0.0  # bfloat16: the same roundings, each bit
+    for tokens, logits in zip((8, 1), before, strict=True):
+        assert difference(bench.logits(tokens), logits) <= limit
+    bench.plan.revert()
+    assert not bench.shadowed()
+    assert difference(bench.logits(), before[0]) <= limit
+    bench.plan.apply()
+    assert difference(bench.logits(), before[0]) <= limit
+
+
+def test_a_dense_layer_is_seven_operations():
+    """With norms in the products; a sum and a norm that belong together are one."""
+    bench = Bench("qwen3")
+    bench.fuse()
+    bench.calls.clear()
+    bench.logits(1)
+    layer = ["norm_linear", "qk_norm_rope_write", "linear", "norm_linear", "linear"]
+    layers = bench.model.spec.num_layers
+    assert bench.calls == layer * layers + ["add_norm", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("name", "described"),
+    [
+        ("qwen3", "head norm weight_after_cast, half rotation"),
+        ("olmo2", "flat norm"),
+        ("glm4", "interleaved rotation"),
+        ("smollm3", "no rotation"),
+        ("gpt_neox", "half rotation"),
+        ("granite", "factor 0.7"),
+        ("gemma2", "in sequence, 4 norms"),
+        ("phi", "parallel, 1 norms"),
+        ("gpt_oss", "half rotation"),
+    ],
+)
+def test_reasons_say_what_was_recognised(name, described):
+    bench = Bench(name)
+    reasons = [d.candidates[0].reason for d in bench.fuse().decisions]
+    assert any(described in reason for reason in reasons)
+
+
+def test_tables_hold_the_models_own_angles():
+    bench = Bench("llama")
+    bench.fuse()
+    form = next(s for s in bench.plan.sites if s.pattern == "attention_block").form
+    table = form._heads.rope
+    positions = torch.arange(MAX_POSITIONS)[None]
+    bench.plan.revert()
+    cos, sin = bench.module.model.rotary_emb(torch.zeros(1, 1, 64), positions)
+    half = cos.shape[-1] // 2
+    assert torch.equal(table.cos, cos[0, :, :half])
+    assert torch.equal(table.sin, sin[0, :, :half])
+
+
+@pytest.mark.parametrize("mode", ["off", "leaf"])
+def test_lower_tiers_leave_blocks_alone(mode):
+    bench = Bench("qwen3")
+    want = bench.logits()
+    counts = bench.fuse(mode).counts()
+    assert not {"attention_block", "glu", "layer", "rotary"} & counts.keys()
+    assert difference(bench.logits(), want) <= 1e-5
+
+
+def test_without_kernels_every_block_says_why_it_stays():
+    bench = Bench("qwen3", qk_norm_rope_write=None, act_and_mul=None, add_norm=None)
+    plan = bench.fuse()
+    by_pattern = {}
+    for decision in plan.decisions:
+        by_pattern.setdefault(decision.point.rpartition(".")[2], decision)
+    for pattern in ("attention_block", "glu", "layer", "final_norm", "rotary"):
+        fused, original = by_pattern[pattern].candidates
+        assert fused.verdict == "refused"
+        assert fused.reason
+        assert original.verdict == "chosen"
+
+
+def wrong_turn(q, *rest, **more):
+    qk_norm_rope_write(q, *rest, **more)
+    q.mul_(1.01)
+
+
+def wrong_add_norm(x, residual, *rest):
+    normed, total = reference.add_norm(x, residual, *rest)
+    return normed, total + 0.1
+
+
+@pytest.mark.parametrize(
+    ("op", "call", "lost"),
+    [
+        ("qk_norm_rope_write", wrong_turn, {"attention_block", "layer", "rotary"}),
+        ("add_norm", wrong_add_norm, {"layer"}),  # the last norm has no use for the sum
+        ("act_and_mul", lambda x, act: reference.act_and_mul(x, act) * 1.1, {"glu"}),
+    ],
+)
+def test_a_wrong_kernel_costs_its_sites_and_nothing_else(op, call, lost):
+    bench = Bench("qwen3", **{op: call})
+    want = bench.logits()
+    counts = bench.fuse().counts()
+    blocks = {"glu", "attention_block", "rotary", "layer", "final_norm"}
+    assert counts.keys() - {"siblings", "norm", "linear"} == blocks - lost
+    assert difference(bench.logits(), want) <= 1e-5
+
+
+def test_a_kernel_that_is_wrong_for_one_row_is_found():
+    """What a decode pass runs is tried too, not only what a prompt runs."""
+
+    def norm_linear(x, *rest, **more):
+        out, total = reference.norm_linear(x, *rest, **more)
+        return (out * 2 if x.shape[-2] == 1 else out), total
+
+    bench = Bench("llama", norm_linear=norm_linear)
+    want = bench.logits(1)
+    assert "layer" not in bench.fuse().counts()
+    assert difference(bench.logits(1), want) <= 1e-5
+
+
+def test_updates_reach_the_merged_matrices():
+    bench = Bench("qwen3")
+    bench.fuse()
+    other = tiny_model(*family("qwen3"), seed=5)
+    result = update_weights_from_tensor(
+        WeightIndex(bench.module), [*other.named_parameters()], "direct"
+    )
+    assert result
+    fresh = Bench("qwen3")
+    fresh.module.load_state_dict(other.state_dict())
+    assert difference(bench.logits(), fresh.logits()) <= 1e-5
+
+
+def test_a_residual_that_nobody_adds_is_an_error_and_not_an_answer():
+    bench = Bench("llama")
+    bench.fuse()
+    final = next(site for site in bench.plan.sites if site.pattern == "final_norm")
+    vars(final._call.module).pop("forward")
+    with pytest.raises(InternalError, match="residual"):
+        bench.logits()
