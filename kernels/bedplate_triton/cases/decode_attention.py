@@ -288,7 +288,7 @@ MODELS = {
 }  # fmt: skip
 """Calls of real models."""
 
-_RAGGED = tuple(Random(1).randint(512, 1536) for _ in range(256))
+_RAGGED = tuple(Random(1).choices(range(512, 1537), k=256))
 
 CASES = (
     *(

@@ -223,7 +223,11 @@ CASES = (
     _large("verify 4 of each of 16", (4096,) * 16, (4,) * 16, 0.0),
     _large("prompt of 4096, invariant", (4096,), (4096,), 0.0, options={"invariant": True}),
     *(
-        _large(f"prompt of 4096, {model}", (4096,), (4096,), 0.0, model=model)
-        for model in ("8/4/256", "64/8/64, window and sinks", "latent 128 of 576")
+        _large(f"prompt of {size}, {model}", (size,), (size,), 0.0, model=model)
+        for size, model in (
+            (4096, "8/4/256"),
+            (4096, "64/8/64, window and sinks"),
+            (2048, "latent 128 of 576"),
+        )
     ),
 )
