@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,10 @@ import torch
 
 from bedplate_triton import configs
 from bedplate_triton.cases import all_cases
+from bedplate_triton.features import Features
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from bedplate_triton.features import Features
 
 Job = tuple[str | None, str, dict[str, Any]]
 """File of configurations, label of the case, and what to override in the file."""
@@ -26,9 +26,9 @@ Job = tuple[str | None, str, dict[str, Any]]
 
 def compile_all(jobs: Sequence[Job], features: Features) -> list[str]:
     """Compile everything; for each job what went wrong, empty if nothing did."""
-    from bedplate_cuda import ops
-
-    work = partial(_compile, ops.without_chain(features))
+    # The chain is a device function, which cannot be sent to another process.
+    facts = {f.name: getattr(features, f.name) for f in fields(features) if f.name != "chain"}
+    work = partial(_compile, facts)
     # Forked processes would inherit a device context that they cannot use.
     context = multiprocessing.get_context("spawn")
     workers = max(1, (os.cpu_count() or 2) - 1)
@@ -54,11 +54,12 @@ class _Offline:
         return 0
 
 
-def _compile(features: Features, job: Job) -> str:
+def _compile(facts: dict[str, Any], job: Job) -> str:
     import triton
 
     from bedplate_cuda import ops
 
+    features = ops.with_chain(Features(**facts))
     file, label, candidate = job
     run = triton.runtime.JITFunction.run
     triton.runtime.JITFunction.run = lambda kernel, *args, grid, warmup, **options: run(
@@ -68,7 +69,7 @@ def _compile(features: Features, job: Job) -> str:
         triton.runtime.driver.set_active(_Offline(features.arch))
         case = next(case for case in all_cases() if case.label == label)
         with nullcontext() if file is None else configs.override(file, **candidate):
-            case.run(case.make(torch.device("meta"), 0), ops.with_chain(features))
+            case.run(case.make(torch.device("meta"), 0), features)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:120]}"
     finally:
