@@ -168,7 +168,7 @@ def time_candidates(
                     if max(errors) > case.tolerance:
                         print(f"  WRONG {candidate}: {max(errors):.1e}")
                         continue
-                calls = [lambda i=i: case.run(i, features) for i in inputs]
+                calls = [lambda i=i: case.timed(i, features) for i in inputs]
                 found.append((recorded_us(calls, 10), candidate))
         except Exception as error:
             print(f"  fails {candidate}: {type(error).__name__}: {str(error)[:90]}")

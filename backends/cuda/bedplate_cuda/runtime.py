@@ -26,6 +26,7 @@ from bedplate_cuda import driver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 _OLDEST = (8, 0)
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -70,6 +71,18 @@ class CudaRuntime(TorchRuntime):
         """Make the handle and workspace of matrix products, which no capture may do."""
         square = torch.ones((16, 16), dtype=torch.float16, device=self.device)
         torch.mm(square, square)
+
+    def rehearsal(self) -> AbstractContextManager[object]:
+        """Launches of Triton's kernels compile them, by many threads."""
+        from bedplate_triton.ahead import compile_ahead
+
+        return compile_ahead()
+
+    def ready(self) -> None:
+        """From now on a compile is noted and logged; see ``bedplate_triton.tripwire``."""
+        from bedplate_triton.tripwire import tripwire
+
+        tripwire.arm()
 
     def shutdown(self) -> None:
         """Give cached memory back; a device that has failed cannot, and need not."""

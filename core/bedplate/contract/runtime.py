@@ -108,5 +108,16 @@ class DeviceRuntime(ABC):
     def inference_guard(self) -> AbstractContextManager[object]:
         """Context in which every forward runs (no autograd; threads or streams set)."""
 
+    def rehearsal(self) -> AbstractContextManager[object] | None:
+        """Context in which launches make kernels ready, all at once, instead of running them.
+
+        Optional; ``None`` = kernels need no such time.  Whatever passes compute inside is
+        thrown away.
+        """
+        return None
+
+    def ready(self) -> None:  # noqa: B027 - optional, and doing nothing is right
+        """Start-up is over: whatever takes long from now on, requests wait for. Optional."""
+
     def shutdown(self) -> None:  # noqa: B027 - optional, and doing nothing is right
         """Give the device back. Optional; called once, also after a failed start."""

@@ -158,6 +158,21 @@ class GraphRunner(ABC):
         request.runtime.empty_cache()
         self.memory_bytes = max(0, before - request.runtime.memory().free_bytes)
 
+    def rehearse(self, sizes: Collection[int]) -> None:
+        """Run what some buckets record, once and without recording, for its kernels alone.
+
+        Args:
+            sizes: Buckets.
+        """
+        runtime = self.request.runtime
+        self._static_slots().reset()
+        with model_capture_mode(), runtime.inference_guard():
+            for key in self._keys():
+                if key.batch_size in sizes:
+                    batch = self._static_batch(key.batch_size, key.hidden_mode)
+                    self._attention.prepare(batch)
+                    self._recorded_part(batch)()
+
     def capture_next(self, size: int | None = None) -> bool:
         """Capture one graph of those that wait; between passes, when there is time.
 

@@ -89,6 +89,7 @@ def load_ready(
             bound.ops,
             mode=config.fusion,
             trial=Trial(model, plan.max_context_len),
+            rehearsal=bound.runtime.rehearsal,
         )
     _record(fused.decisions, decisions)
     return ReadyModel(plan=plan, loaded=loaded, model=model)

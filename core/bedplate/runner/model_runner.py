@@ -41,6 +41,7 @@ from bedplate.models.weights.update import (
     update_weights_from_tensor,
 )
 from bedplate.runner.decode_loop import DecodeLoop
+from bedplate.runner.dummy import dummy_prompt
 from bedplate.runner.loading import load_ready
 from bedplate.runner.pool_size import MemoryBudget, choose_pool_size
 
@@ -65,6 +66,9 @@ logger = logging.getLogger(__name__)
 _PADDED_STEPS = 64
 """Steps that a bucket's batches are padded to a larger one before its graph is captured amid
 work: the capture costs about a step."""
+
+_REHEARSED_TOKENS = (1, 3, 12, 24, 48, 100, 1024)
+"""Lengths of prompts whose kernels are made ready: one for each class that kernels know."""
 
 _MEM_FRACTION = 0.88
 """Share of the memory that was free before loading, unless the user says otherwise."""
@@ -158,6 +162,7 @@ class ModelRunner:
                 raise BedplateError(f"{name} failed: {explained}", code="HW041") from error
             self.stage_seconds[name] = perf_counter() - begin
             logger.debug("%s took %.2f s", name, self.stage_seconds[name])
+        self.bound.runtime.ready()
 
     @property
     def spec(self) -> ModelSpec:
@@ -172,19 +177,20 @@ class ModelRunner:
         self.bound.after_load(self.loaded.module)
 
     def measure_graphs(self) -> None:
-        """Capture the largest bucket on a cache of one page a request, and note its bytes.
+        """Make kernels ready, capture the largest bucket, and note its bytes.
 
-        Where host and device share memory, graphs and cache do not compete for a fixed
-        amount of it, and the trial is left out.
+        On a cache of one page a request.  Where host and device share memory, graphs and cache
+        do not compete for a fixed amount of it, and nothing is measured.
         """
         if not self.plan.graphs or self.bound.capabilities.memory.unified:
             return
-        largest = self._capture_sizes()[-1:]
-        self._make_pools(largest[0] * self.plan.page_size)
+        sizes = self._capture_sizes()
+        self._make_pools(sizes[-1] * self.plan.page_size)
         self.init_attention_backend()
-        runner = self._make_graph_runner(largest)
+        runner = self._make_graph_runner(sizes)
         if runner is not None:
-            runner.capture()
+            self._rehearse(runner, first_sizes(sizes))
+            runner.capture(first=())
             self._graph_bytes = runner.memory_bytes
             runner.release()
         del self.kv_pool, self.allocator, self.attention
@@ -409,6 +415,18 @@ class ModelRunner:
 
     def _capture_sizes(self) -> tuple[int, ...]:
         return capture_sizes(self.plan.max_running_requests, sizes=self.config.capture_sizes)
+
+    def _rehearse(self, runner: GraphRunner, sizes: tuple[int, ...]) -> None:
+        """Have the kernels of prompts and of some buckets made ready, all at once."""
+        rehearsal = self.bound.runtime.rehearsal()
+        if rehearsal is None:
+            return
+        longest = min(self.plan.max_context_len, self.config.chunked_prefill_tokens)
+        with rehearsal:
+            runner.rehearse(sizes)
+            with self.bound.runtime.inference_guard():
+                for count in sorted({min(count, longest) for count in _REHEARSED_TOKENS}):
+                    self._eager(dummy_prompt(count, self.bound.runtime.device))
 
     def _capture_if_worth_it(self, graphs: GraphRunner, size: int) -> None:
         """Capture a bucket whose batches have long been padded to a larger one."""

@@ -45,6 +45,7 @@ class Case:
         nbytes: Bytes of device memory that must move at least, for large cases.
         flops: Arithmetic operations, for large cases.
         target: Share of the ceiling that is aimed at, for large cases that are measured.
+        launch: What is timed, where ``run`` does more than launch the kernel.
     """
 
     op: str
@@ -57,6 +58,12 @@ class Case:
     nbytes: int = 0
     flops: int = 0
     target: float = 0.0
+    launch: Callable[[Inputs, Features], object] | None = None
+
+    @property
+    def timed(self) -> Callable[[Inputs, Features], object]:
+        """The launches alone."""
+        return self.launch or self.run
 
     @property
     def label(self) -> str:

@@ -110,8 +110,12 @@ def _changed(inputs: Inputs) -> tuple[Tensor, ...]:
     return inputs["packed"], *written
 
 
-def _run(inputs: Inputs, features: Features) -> tuple[Tensor, ...]:
+def _launch(inputs: Inputs, features: Features) -> None:
     qk_norm_rope_write(**inputs["arguments"], features=features)
+
+
+def _run(inputs: Inputs, features: Features) -> tuple[Tensor, ...]:
+    _launch(inputs, features)
     return _changed(inputs)
 
 
@@ -128,6 +132,7 @@ def _case(name: str, *, tolerance: float | None = None, **facts: Any) -> Case:
         name=name,
         make=partial(_make, **facts),
         run=_run,
+        launch=_launch,
         reference=_reference,
         tolerance=tolerance,
     )
@@ -142,6 +147,7 @@ def _large(tokens: int, heads: tuple[int, int], **facts: Any) -> Case:
         name=f"{tokens} tokens of {heads[0]}/{heads[1]} heads of {size}, {what}",
         make=partial(_make, tokens=tokens, heads=heads, size=size, **facts),
         run=_run,
+        launch=_launch,
         reference=_reference,
         tolerance=_ROUNDING if facts["order"] else 0.0,
         small=False,

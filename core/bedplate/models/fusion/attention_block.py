@@ -206,7 +206,7 @@ class AttentionSite(Site):
         self._call, self._bridge, self._attended = call, bridge, attended
         self._positions = positions
         self._linears, self._heads, self._output = linears, heads, output
-        self._proven: AttentionForm | None = None
+        self._bound: AttentionForm | None = None
 
     def requests(self) -> tuple[OpRequest, ...]:
         """Products, the product after a norm, and what happens to the heads."""
@@ -242,6 +242,10 @@ class AttentionSite(Site):
         """What the operations make of the trial's input, against what attention was given."""
         merged = merge_linears(self._linears)
         attended = self._attended
+        self._bound = AttentionForm(
+            self.module, self._bridge, merged, self._heads, attended.sinks, self._output,
+            providers,
+        )  # fmt: skip
         product = providers["linear"].call(self._call.x, merged.weight, merged.bias)
         rows = product.view(-1, product.shape[-1])
         q, k, v = self._heads.layout.heads(rows, attended.call)
@@ -250,23 +254,15 @@ class AttentionSite(Site):
         pairs = ((q, attended.q), (k, attended.k), (v, attended.v))
         worst = max(difference(got, want) for got, want in pairs if want is not None)
         limit = 2 * tolerance(rows.dtype)  # a product and two roundings of the rotation
-        good = worst <= limit
-        self._proven = None
-        if good:
-            self._proven = AttentionForm(
-                self.module, self._bridge, merged, self._heads, attended.sinks, self._output,
-                providers,
-            )  # fmt: skip
-        return Evidence(
-            ok=good, text=f"largest relative difference {worst:.1e}, limit {limit:.1e}"
-        )
+        text = f"largest relative difference {worst:.1e}, limit {limit:.1e}"
+        return Evidence(ok=worst <= limit, text=text)
 
     def apply(self) -> None:
         """Merge the storage and shadow the module."""
-        if self._proven is None:
+        if self._bound is None:
             return
-        self._proven.merged.adopt()
-        self.form = self._proven
+        self._bound.merged.adopt()
+        self.form = self._bound
         Shadow(self._forward).put(self.module)
 
     def revert(self) -> None:

@@ -96,7 +96,7 @@ class GluSite(Site):
         self.form: GluForm | None = None
         self._call = call
         self._linears, self._act, self._down = linears, act, down
-        self._proven: GluForm | None = None
+        self._bound: GluForm | None = None
 
     def requests(self) -> tuple[OpRequest, ...]:
         """Products, the gate, and the product after a norm."""
@@ -120,18 +120,18 @@ class GluSite(Site):
     def verify(self, providers: Providers) -> Evidence:
         """The form against the module on the trial's input."""
         form = GluForm(merge_linears(self._linears), self._act, self._down, providers)
+        self._bound = form
         want = self.module(self._call.x)  # its result may have been changed in place since
         worst, limit = difference(form.run(self._call.x), want), tolerance(want.dtype)
-        self._proven = form if worst <= limit else None
         text = f"largest relative difference {worst:.1e}, limit {limit:.1e}"
         return Evidence(ok=worst <= limit, text=text)
 
     def apply(self) -> None:
         """Merge the storage and shadow the module."""
-        if self._proven is None:
+        if self._bound is None:
             return
-        self._proven.merged.adopt()
-        self.form = self._proven
+        self._bound.merged.adopt()
+        self.form = self._bound
         Shadow(self.form.run).put(self.module)
 
     def revert(self) -> None:

@@ -12,6 +12,7 @@ __all__ = ["FusionMode", "FusionPlan", "fuse"]
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 FusionMode = Literal["off", "leaf", "block"]
 Verdict = Literal["chosen", "possible", "refused", "failed"]
 Run = Callable[[nn.Module], Tensor]
+Rehearsal = Callable[[], AbstractContextManager[object] | None]
 
 # For logits of the whole model. Narrow types round once more in every layer, so there the
 # check can only catch a broken form; the sites themselves were verified to the last bits.
@@ -85,6 +87,7 @@ def fuse(
     mode: FusionMode = "block",
     run: Run = trial_forward,
     trial: Trial | None = None,
+    rehearsal: Rehearsal = lambda: None,
 ) -> FusionPlan:
     """Fuse what pays and is proven right; call after loading and before graph capture.
 
@@ -99,6 +102,7 @@ def fuse(
         run: One tiny forward that returns logits; called a few times.
         trial: Runs the model as it will run; blocks with attention are found only in it.
             Takes the place of ``run``.
+        rehearsal: Makes the context of ``DeviceRuntime.rehearsal``, or ``None``.
 
     Raises:
         ConfigError: Unknown mode.
@@ -121,7 +125,9 @@ def fuse(
         return FusionPlan(decisions=(_whole("off", reason, "failed"),), sites=())
     decisions = [_whole(mode, "sites are verified one by one", "chosen")]
     used: list[Site] = []
-    for kind in _kinds(_find(calls, mode, trial)):
+    sites = _find(calls, mode, trial)
+    _rehearse(rehearsal(), sites, ops, lambda: [run(module) for run in runs])
+    for kind in _kinds(sites):
         results = [_try(site, ops) for site in kind]
         applied = [site for site, (_, ok) in zip(kind, results, strict=True) if ok]
         broken = _check_model(module, runs, references) if applied else ""
@@ -151,6 +157,25 @@ def _find(calls: Sequence[Call], mode: FusionMode, trial: Trial | None) -> list[
     final = find_final_norm(calls, norms, layers, bridge)
     rotaries = find_rotaries(calls, attentions)
     return [*sites, *blocks, *attentions, *rotaries, *final, *layers]
+
+
+def _rehearse(
+    rehearsal: AbstractContextManager[object] | None,
+    sites: Sequence[Site],
+    ops: OpRegistry,
+    run: Callable[[], object],
+) -> None:
+    """Go through verification and the trial with all sites in use, for the kernels alone."""
+    if rehearsal is None:
+        return
+    with rehearsal, suppress(Exception):
+        for site in sites:
+            with suppress(Exception):  # whatever it is, verification meets it again
+                site.verify({request.op: ops.choose(request) for request in site.requests()})
+            site.apply()
+        run()
+    for site in reversed(sites):
+        site.revert()
 
 
 def _kinds(sites: Sequence[Site]) -> list[list[Site]]:

@@ -112,13 +112,14 @@ class SiblingSite(Site):
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(1, TRIAL_ROWS, first.shape[1], generator=generator)
         x = rows.to(first.device, first.dtype)
-        product = _Product(providers["linear"].call, merge_linears(self.members))
+        product = self._product = _Product(
+            providers["linear"].call, merge_linears(self.members)
+        )
         worst = max(
             difference(product.take(place, x), member(x))
             for place, member in enumerate(self.members)
         )
         limit = tolerance(first.dtype)
-        self._product = product if worst <= limit else None
         text = f"largest relative difference {worst:.1e}, limit {limit:.1e}"
         return Evidence(ok=worst <= limit, text=text)
 

@@ -73,11 +73,11 @@ class Site(ABC):
 
     @abstractmethod
     def verify(self, providers: Providers) -> Evidence:
-        """Compare the fused form with the module on random data; changes nothing."""
+        """Make the fused form and compare it with the module; changes nothing in the model."""
 
     @abstractmethod
     def apply(self) -> None:
-        """Take the form that was verified last into use."""
+        """Take the form that was made last into use; the caller knows whether it was proven."""
 
     @abstractmethod
     def revert(self) -> None:

@@ -226,3 +226,36 @@ def test_a_residual_that_nobody_adds_is_an_error_and_not_an_answer():
     vars(final._call.module).pop("forward")
     with pytest.raises(InternalError, match="residual"):
         bench.logits()
+
+
+def test_a_rehearsal_goes_through_everything_and_leaves_nothing():
+    """Kernels that write nothing, as while they are compiled, decide nothing."""
+    rehearsing = []
+
+    class Rehearsal:
+        def __enter__(self):
+            rehearsing.append(True)
+
+        def __exit__(self, *_):
+            rehearsing.pop()
+
+    def silent(op):
+        def run(*args, **kwargs):
+            out = OPERATIONS[op](*args, **kwargs)
+            if rehearsing:
+                seen.add(op)
+                for tensor in out if isinstance(out, tuple) else (out,):
+                    if tensor is not None:
+                        tensor.fill_(float("nan"))
+            return out
+
+        return run
+
+    seen = set()
+    ops = ("linear", "norm_linear", "add_norm", "act_and_mul", "rms_norm")
+    bench = Bench("qwen3", **{op: silent(op) for op in ops})
+    want = bench.logits()
+    plan = fuse(bench.module, bench.ops, trial=bench.trial, rehearsal=Rehearsal)
+    assert seen == set(ops)
+    assert plan.counts()["layer"] == bench.model.spec.num_layers
+    assert difference(bench.logits(), want) <= 1e-5
