@@ -64,9 +64,10 @@ def linear_space(key: Candidate) -> list[Candidate]:
             {"form": "skinny", **each}
             for each in product(
                 block_n=[32, 64], block_k=[128, 256], splits=[1, 2, 4],
-                swap=[False, True], early=[True], num_stages=[5], num_warps=[4],
+                swap=[False, True], early=[True], num_stages=[4, 6], num_warps=[4],
             )
-            if key["n"] // each["block_n"] * each["splits"] <= 800 or each["splits"] == 1
+            if (key["n"] // each["block_n"] * each["splits"] <= 800 or each["splits"] == 1)
+            and each["num_stages"] * each["block_n"] * each["block_k"] <= 6 * 64 * 128
         ]  # fmt: skip
     return found
 
@@ -76,16 +77,16 @@ def decode_attention_space(key: Candidate) -> list[Candidate]:
         [(32, 4), (64, 4), (64, 8), (128, 8)] if key["head_dim"] <= 128 else [(16, 8), (32, 8)]
     )
     few = key["batch"] <= 16
+    more = [2, 3, 4] if key["batch"] < 32 else [3, 6, 9, 16]
     found = [
         {"BLOCK_N": block, "num_warps": warps, **each}
         for block, warps in tiles
         for each in product(
-            num_stages=[2, 3, 4],
-            programs_a_core=[2, 3, 4],
+            num_stages=[2, 3],
+            programs_a_core=more,
             merge=["kernel", "last"] if few else ["kernel"],
             tokens_a_split=[64, 256] if few else [128],
         )
-        if not (each["merge"] == "last" and each["num_stages"] == 4)
     ]
     return found + [
         {**each, "options": {"maxnreg": 128}} for each in found if each["BLOCK_N"] == 128
@@ -96,6 +97,13 @@ def extend_attention_space(_key: Candidate) -> list[Candidate]:
     return product(
         BLOCK_M=[64, 128], BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[2, 3]
     )
+
+
+def invariant_space(_key: Candidate) -> list[Candidate]:
+    return product(
+        BLOCK_M=[64, 128], BLOCK_N=[32, 64, 128], BLOCK_K=[64, 128], num_warps=[4, 8],
+        num_stages=[3, 4],
+    )  # fmt: skip
 
 
 def norm_space(_key: Candidate) -> list[Candidate]:
@@ -114,6 +122,7 @@ SPACES = {
     "linear": linear_space,
     "decode_attention": decode_attention_space,
     "extend_attention": extend_attention_space,
+    "invariant": invariant_space,
     "norm": norm_space,
     "rope": rope_space,
     "gated": gated_space,

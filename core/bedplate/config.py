@@ -60,6 +60,9 @@ class EngineConfig:
         overlap: Whether the host plans the next step before this one is done.
         seed: Seed of everything random that a request does not seed itself.
         trust_remote_code: Whether code inside a checkpoint folder may run.
+        deterministic: Whether a request has the same bits whatever else is in its passes, in
+            any order, with any chunking, recorded or not; slower, and refused where the
+            backend cannot promise it.
         debug: Whether invariants are checked while running.
         sources: Setting → where its value came from. Not a setting itself.
     """
@@ -86,6 +89,7 @@ class EngineConfig:
     overlap: bool | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    deterministic: bool = False
     debug: bool = False
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -208,7 +212,7 @@ _OPTIONAL_TEXT = ("model", "tokenizer", "backend", "attention")
 _OPTIONAL_COUNTS = (
     "page_size", "max_context_len", "max_running_requests", "max_total_tokens",
 )  # fmt: skip
-_SWITCHES = ("mixed", "prefix_cache", "trust_remote_code", "debug")
+_SWITCHES = ("mixed", "prefix_cache", "trust_remote_code", "deterministic", "debug")
 _OPTIONAL_SWITCHES = ("graphs", "overlap")
 _CHOICES = {"fusion": ("off", "leaf", "block"), "load_format": ("auto", "safetensors", "dummy")}
 

@@ -17,6 +17,7 @@ from bedplate.reference.ops import ACTIVATIONS, NORM_ORDERS
 from bedplate_triton import linear
 from bedplate_triton.decode_step import advance_decode
 from bedplate_triton.gated import act_and_mul
+from bedplate_triton.invariant import invariant_linear, invariant_norm_linear
 from bedplate_triton.norm import MAX_SIZE, add_norm, rms_norm
 from bedplate_triton.rope import qk_norm_rope_write
 from bedplate_triton.sampling import sample_tokens
@@ -44,10 +45,12 @@ def register(registry: OpRegistry, provider: str, features: Features) -> None:
         call: Callable[..., Any],
         supports: Callable[[OpRequest], Support],
         determinism: DeterminismClass = "batch_invariant",
+        name: str = provider,
+        priority: int = 100,
     ) -> None:
         registry.register(
             OpProvider(
-                op=op, provider=provider, call=partial(call, features=features), priority=100,
+                op=op, provider=name, call=partial(call, features=features), priority=priority,
                 supports=supports, determinism=determinism,
             )
         )  # fmt: skip
@@ -55,9 +58,12 @@ def register(registry: OpRegistry, provider: str, features: Features) -> None:
     offer("rms_norm", rms_norm, _supports_norm)
     offer("add_norm", add_norm, _supports_norm)
     offer("act_and_mul", act_and_mul, _supports_act)
-    # Products take another form for another number of rows.
+    # Products take another form for another number of rows; slower ones do not.
     offer("linear", linear.linear, _supports_dtype, "run_to_run")
     offer("norm_linear", linear.norm_linear, _supports_act, "run_to_run")
+    steady = f"{provider}, invariant"
+    offer("linear", invariant_linear, _supports_dtype, name=steady, priority=50)
+    offer("norm_linear", invariant_norm_linear, _supports_act, name=steady, priority=50)
     offer("qk_norm_rope_write", qk_norm_rope_write, _supports_heads)
     offer("sample_tokens", sample_tokens, _supports_dtype)
     offer("advance_decode", advance_decode, lambda _: Support.yes("one launch"))

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 __all__ = ["TritonAttention", "provider"]
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from bedplate.contract import (
     AttentionBackend,
@@ -37,8 +38,12 @@ if TYPE_CHECKING:
     from bedplate.batch.forward_batch import ForwardBatch
     from bedplate_triton.features import Features
 
-_LONG_PROMPT = 256
-"""Whole prompts from so many tokens on go to torch's attention; a guess, not yet measured."""
+_LONG_PROMPT = 2048
+"""Whole prompts from so many tokens on go to cuDNN's attention, which is 1.7 times as fast at
+4,096 and not faster at 1,024 (docs/reference/measurements.md)."""
+_PLANNED_TOKENS = 1024
+"""cuDNN makes a plan for every length, which takes as long as a prompt; so lengths are padded
+to multiples of this."""
 
 
 class TritonAttention(AttentionBackend):
@@ -65,6 +70,15 @@ class TritonAttention(AttentionBackend):
         self._counters = torch.zeros(most, dtype=torch.int32, device=device)
         self._max_extend_len = 0
         self._prompts: list[slice] = []
+        self._invariant = build.deterministic
+        self._planned = {
+            call.call_id
+            for call in build.calls
+            if not self._invariant and _planned_serves(call, build.dtype, device)
+        }
+        # A decode pass as an extension by one token each, for those who want fixed bits.
+        self._ones = torch.ones(build.max_batch_size, dtype=torch.int32, device=device)
+        self._numbers = torch.arange(build.max_batch_size, dtype=torch.int32, device=device)
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Host integers of a pass with several new tokens; decode needs none."""
@@ -91,6 +105,9 @@ class TritonAttention(AttentionBackend):
         """Write, attend in splits, merge: two or three launches."""
         keys, values = self._store(k, v, call, batch)
         size = q.shape[0]
+        if self._invariant:
+            places = (self._numbers[:size], self._ones[:size])
+            return self._extend(q, keys, values, call, batch, places, 1, sinks)
         splits = self._splits(call, size)
         out = q.new_empty((size, call.num_heads, call.value_dim))
         sums = self._sums[: size * call.num_heads * splits]
@@ -130,13 +147,30 @@ class TritonAttention(AttentionBackend):
     ) -> Tensor:
         """Write, then one launch for all requests, or torch's attention for fresh prompts."""
         keys, values = self._store(k, v, call, batch)
-        out = q.new_empty((q.shape[0], call.num_heads, call.value_dim))
-        if self._prompts and k is not None and v is not None and _is_plain(call, q):
+        planned = self._prompts and call.call_id in self._planned
+        if planned and k is not None and v is not None:
+            out = q.new_empty((q.shape[0], call.num_heads, call.value_dim))
             for rows in self._prompts:
-                out[rows] = _attend_fresh(q[rows], k[rows], v[rows], call)
+                out[rows] = _attend_fresh(q[rows], k[rows], v[rows], call.scale)
             return out
         extend = batch.extend
         assert extend is not None  # the mode says so
+        places, longest = (extend.start_loc, extend.seq_lens), self._max_extend_len
+        return self._extend(q, keys, values, call, batch, places, longest, sinks)
+
+    def _extend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        call: AttentionCallSpec,
+        batch: ForwardBatch,
+        places: tuple[Tensor, Tensor],
+        longest: int,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """One launch for all requests; ``places`` are first rows and counts of new tokens."""
+        out = q.new_empty((q.shape[0], call.num_heads, call.value_dim))
         extend_attention(
             _adjacent(q),
             keys,
@@ -144,17 +178,17 @@ class TritonAttention(AttentionBackend):
             self._req_to_token,
             batch.req_pool_indices,
             batch.seq_lens,
-            extend.start_loc,
-            extend.seq_lens,
+            *places,
             out,
             features=self._features,
-            max_extend_len=self._max_extend_len,
+            max_extend_len=longest,
             scale=call.scale,
             causal=call.causal,
             window=call.window or 0,
             chunk=call.chunk or 0,
             softcap=call.softcap or 0.0,
             sinks=sinks,
+            invariant=self._invariant,
         )
         return out
 
@@ -206,33 +240,57 @@ def _supports(request: AttentionRequest) -> Support:
             return Support.no(f"{call.module}: {answer.reason}")
         if not call.causal:
             return Support.no(f"{call.module} sees later tokens")
-    return Support.yes("reads the cache in place, in graphs too")
-
-
-def _is_plain(call: AttentionCallSpec, q: Tensor) -> bool:
-    """Whether torch has a fused form of the call that never makes a matrix of scores."""
-    special = (call.window, call.chunk, call.softcap)
-    return (
-        call.causal
-        and not call.sinks
-        and all(limit is None for limit in special)
-        and call.head_dim == call.value_dim
-        and call.head_dim % 8 == 0
-        and q.dtype != torch.float32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    planned = _planned_serves(request.calls[0], dtype, device)
+    prompts = (
+        f"prompts from {_LONG_PROMPT:,} tokens by cuDNN"
+        if planned
+        else f"prompts too, as {planned.reason}"
     )
+    return Support.yes(f"reads the cache in place, in graphs too; {prompts}")
 
 
-def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallSpec) -> Tensor:
-    """One whole prompt, ``[T, H, D]``, by the fused attention that torch prefers here."""
-    out = scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        is_causal=True,
-        scale=call.scale,
-        enable_gqa=call.num_heads != call.num_kv_heads,
+def _planned_serves(
+    call: AttentionCallSpec, dtype: torch.dtype, device: torch.device
+) -> Support:
+    """Whether cuDNN's attention can take whole prompts of a call; tried once."""
+    limits = (call.window, call.chunk, call.softcap)
+    if call.sinks or call.alias_of is not None or any(limit is not None for limit in limits):
+        return Support.no("the call has a window, sinks or the like")
+    sizes = (call.head_dim, call.value_dim)
+    if sizes[0] != sizes[1] or sizes[0] % 8 or sizes[0] > 128 or dtype == torch.float32:
+        return Support.no(
+            f"cuDNN has no form for heads of {sizes[0]} and {sizes[1]} in {dtype}"
+        )
+    return _try_planned(call.num_heads, call.num_kv_heads, call.head_dim, dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _try_planned(
+    heads: int, kv_heads: int, size: int, dtype: torch.dtype, device: torch.device
+) -> Support:
+    q, k, v = (
+        torch.zeros((_PLANNED_TOKENS, count, size), dtype=dtype, device=device)
+        for count in (heads, kv_heads, kv_heads)
     )
-    return out[0].transpose(0, 1)
+    try:
+        _attend_fresh(q, k, v, 1.0)
+    except (RuntimeError, NotImplementedError) as error:
+        return Support.no(f"cuDNN's attention fails here: {str(error).partition(chr(10))[0]}")
+    return Support.yes()
+
+
+def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One whole prompt, ``[T, H, D]``, by cuDNN; padding comes last, where nobody sees it."""
+    count = len(q)
+    padding = -count % _PLANNED_TOKENS
+    if padding:
+        q, k, v = (functional.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
+    out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        None, False, 0.0, True, False, scale=scale,
+    )[0]  # fmt: skip
+    return out[0].transpose(0, 1)[:count]
 
 
 def _slices(counts: list[int]) -> list[slice]:
@@ -252,5 +310,6 @@ provider = AttentionProvider(
     priority=100,
     supports=_supports,
     build=TritonAttention,
+    determinism="batch_invariant",
 )
 """What this backend offers."""

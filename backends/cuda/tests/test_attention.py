@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
 from bedplate.batch.forward_mode import ForwardMode
@@ -142,15 +143,45 @@ def test_mixed_pass():
     check(PLAIN, LENGTHS, [3, 1, 1, 1], torch.float32, ForwardMode.MIXED)
 
 
-@pytest.mark.parametrize("call", ["plain", "window", "softcap"])
-def test_long_fresh_prompts(call, monkeypatch):
+@pytest.fixture
+def planned(monkeypatch):
+    """Long prompts begin at 200 tokens, and torch's own attention stands for cuDNN's."""
     used = []
-    fresh = module._attend_fresh
-    monkeypatch.setattr(
-        module, "_attend_fresh", lambda *given: used.append(len(given[0])) or fresh(*given)
-    )
+
+    def attend(q, k, v, scale):
+        used.append(len(q))
+        heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    monkeypatch.setattr(module, "_LONG_PROMPT", 200)
+    monkeypatch.setattr(module, "_attend_fresh", attend)
+    module._try_planned.cache_clear()
+    yield used
+    module._try_planned.cache_clear()
+
+
+@pytest.mark.parametrize("call", ["plain", "window", "softcap"])
+def test_long_fresh_prompts(call, planned):
     check(CALLS[call], [257, 300], [257, 300], torch.float16)
-    assert used == ([257, 300] if call == "plain" else [])
+    assert planned == ([1024, 257, 300] if call == "plain" else [])  # one to try it
+
+
+@pytest.mark.parametrize("lengths", [[199, 300], [257, 300]])
+def test_short_or_continued_prompts_are_not_for_it(lengths, planned):
+    fresh = [lengths[0], lengths[1] - (lengths[0] > 200)]
+    check(PLAIN, lengths, fresh, torch.float16)
+    assert planned == [1024]
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("count", [1024, 1500, 2048])
+def test_plans_pad_without_a_trace(count):
+    q, k, v, _ = inputs(PLAIN, count, torch.float16)
+    got = module._attend_fresh(q, k, v, 0.2)
+    heads = (x.transpose(0, 1)[None].float() for x in (q, k, v))
+    want = scaled_dot_product_attention(*heads, is_causal=True, scale=0.2, enable_gqa=True)
+    torch.testing.assert_close(got.float(), want[0].transpose(0, 1), atol=1e-2, rtol=1e-2)
 
 
 def test_a_cached_prefix_is_not_forgotten():

@@ -55,6 +55,11 @@ if TYPE_CHECKING:
     type=click.Choice(["off", "leaf", "block"]),
     help="How much of the model is fused, after proof.",
 )
+@click.option(
+    "--deterministic/--no-deterministic",
+    default=None,
+    help="Same bits for a request whatever else runs; slower.",
+)
 @click.option("--graphs/--no-graphs", default=None, help="Record and replay decode passes.")
 @click.option("--page-size", type=int, help="Tokens a page.")
 @click.option("--max-total-tokens", type=int, help="Tokens the cache holds.")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.contract.capabilities import DeterminismClass
     from bedplate.contract.decisions import Support
     from bedplate.contract.memory import KVPool
     from bedplate.contract.runtime import DeviceRuntime
@@ -88,6 +89,8 @@ class AttentionRequest:
         kv_dtype: Name of the cache's torch dtype.
         page_size: Tokens a page.
         arch: The device's architecture word.
+        deterministic: Whether rows must not depend on the rest of their pass; only providers
+            that promise ``batch_invariant`` are asked then.
     """
 
     calls: tuple[AttentionCallSpec, ...]
@@ -95,6 +98,7 @@ class AttentionRequest:
     kv_dtype: str
     page_size: int
     arch: str = ""
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +114,7 @@ class AttentionBuild:
         dtype: The model's dtype.
         max_batch_size: Most requests one pass may hold.
         max_context_len: Most tokens one request may hold.
+        deterministic: As in the request.
     """
 
     runtime: DeviceRuntime
@@ -120,6 +125,7 @@ class AttentionBuild:
     dtype: torch.dtype
     max_batch_size: int
     max_context_len: int
+    deterministic: bool = False
 
 
 class AttentionBackend(ABC):
@@ -224,6 +230,7 @@ class AttentionProvider:
         priority: Higher is preferred among those that support the request.
         supports: Whether a request can be served correctly; must be honest both ways.
         build: Makes the backend once pools exist.
+        determinism: Strongest promise that it keeps when asked to.
         modes: ``all`` or ``decode`` / ``extend`` only (a hybrid pair is then chosen).
     """
 
@@ -232,4 +239,5 @@ class AttentionProvider:
     priority: int
     supports: Callable[[AttentionRequest], Support]
     build: Callable[[AttentionBuild], AttentionBackend]
+    determinism: DeterminismClass = "run_to_run"
     modes: Literal["all", "decode", "extend"] = "all"

@@ -7,15 +7,23 @@ record is honest: it claims float32, page size 1 and nothing more.
 
 from __future__ import annotations
 
-__all__ = ["BackendCapabilities", "DeterminismClass", "GraphCapabilities", "MemoryCapabilities"]
+__all__ = [
+    "DETERMINISM_CLASSES",
+    "BackendCapabilities",
+    "DeterminismClass",
+    "GraphCapabilities",
+    "MemoryCapabilities",
+]
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DeterminismClass = Literal["none", "run_to_run", "batch_invariant"]
+DETERMINISM_CLASSES: tuple[DeterminismClass, ...] = get_args(DeterminismClass)
+"""Weakest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,12 +16,13 @@ from bedplate.contract.decisions import Candidate, Decision
 from bedplate.errors import BackendError, ContractError
 from bedplate.registry.faults import fault
 from bedplate.registry.records import nearest
-from bedplate.registry.support import ask_support
+from bedplate.registry.support import ask_support, promises
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bedplate.contract.attention import AttentionRequest
+    from bedplate.contract.capabilities import DeterminismClass
     from bedplate.registry.decisions import DecisionLog
 
 Mode = Literal["all", "decode", "extend"]
@@ -84,7 +85,9 @@ class AttentionProviders:
             ranked = sorted(self._providers, key=lambda p: (-p.priority, p.name))
             fitting = [p for p in ranked if p.modes in ("all", mode)]
             asked = [p for p in fitting if name in (None, p.name)]
-            chosen, verdicts = ask_support([(p.name, p.supports) for p in asked], request)
+            wanted: DeterminismClass = "batch_invariant" if request.deterministic else "none"
+            questions = [(p.name, promises(p.supports, p.determinism, wanted)) for p in asked]
+            chosen, verdicts = ask_support(questions, request)
             rest = tuple(
                 self._passed_over(p, fitting, name, mode) for p in ranked if p not in asked
             )

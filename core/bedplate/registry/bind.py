@@ -31,6 +31,7 @@ from bedplate.registry.packs import register_packs
 if TYPE_CHECKING:
     from bedplate.config import EngineConfig
     from bedplate.contract.attention import AttentionProvider
+    from bedplate.contract.capabilities import DeterminismClass
     from bedplate.contract.decisions import Decision
     from bedplate.contract.graph import CompileRequest, GraphRunnerRequest
     from bedplate.contract.manifest import BackendManifest
@@ -138,7 +139,8 @@ def _bind(
     config = _configure(request, binding)
     runtime = _activate(request, binding, config)
     capabilities = _capabilities(binding, runtime)
-    ops = Operations(request.reference_ops, decisions, record.name)
+    strict: DeterminismClass = "batch_invariant" if config.deterministic else "none"
+    ops = Operations(request.reference_ops, decisions, record.name, strict)
     attention = AttentionProviders(decisions, record.name)
     _register(binding, ops, attention)
     register_packs(binding.survey, record.name, ops, attention, decisions)

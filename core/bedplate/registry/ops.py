@@ -17,11 +17,12 @@ from bedplate.contract.ops import OpProvider, OpRegistry, OpRequest
 from bedplate.errors import ContractError
 from bedplate.registry.faults import fault
 from bedplate.registry.records import nearest
-from bedplate.registry.support import ask_support
+from bedplate.registry.support import ask_support, promises
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from bedplate.contract.capabilities import DeterminismClass
     from bedplate.registry.decisions import DecisionLog
 
 REFERENCE: Final = "reference"
@@ -34,11 +35,17 @@ class Operations(OpRegistry):
         reference: Operation → its plain-torch meaning.
         decisions: Receives one decision per distinct request.
         backend: Name of the backend, for messages.
+        determinism: What a provider must promise to be chosen.
     """
 
     def __init__(
-        self, reference: Mapping[str, Callable[..., Any]], decisions: DecisionLog, backend: str
+        self,
+        reference: Mapping[str, Callable[..., Any]],
+        decisions: DecisionLog,
+        backend: str,
+        determinism: DeterminismClass = "none",
     ) -> None:
+        self._determinism = determinism
         self._decisions = decisions
         self._backend = backend
         self._providers: dict[str, list[OpProvider]] = {
@@ -93,9 +100,11 @@ class Operations(OpRegistry):
     def _choose(self, request: OpRequest) -> OpProvider:
         with self._decisions.choosing(f"op.{request.op}") as decide:
             ranked = sorted(self._providers.get(request.op, ()), key=_rank)
-            chosen, candidates = ask_support(
-                [(p.provider, p.supports) for p in ranked], request
-            )
+            asked = [
+                (p.provider, promises(p.supports, p.determinism, self._determinism))
+                for p in ranked
+            ]
+            chosen, candidates = ask_support(asked, request)
             decide(
                 Decision(
                     point=f"op.{request.op}",

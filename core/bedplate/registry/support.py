@@ -7,14 +7,17 @@ else than ``Support``, makes its candidate ``failed``; it never stops the choice
 
 from __future__ import annotations
 
-__all__ = ["ask_support"]
+__all__ = ["ask_support", "promises"]
 
 from typing import TYPE_CHECKING, TypeVar
 
+from bedplate.contract.capabilities import DETERMINISM_CLASSES
 from bedplate.contract.decisions import Candidate, Support, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from bedplate.contract.capabilities import DeterminismClass
 
 Request = TypeVar("Request")
 
@@ -40,6 +43,16 @@ def ask_support(
             candidate = Candidate(name=name, verdict=verdict, reason=reason)
         candidates.append(candidate)
     return chosen, tuple(candidates)
+
+
+def promises(
+    supports: Callable[[Request], Support], given: DeterminismClass, wanted: DeterminismClass
+) -> Callable[[Request], Support]:
+    """The question, with a no in advance for a promise that is weaker than what is wanted."""
+    order = DETERMINISM_CLASSES.index
+    if order(given) >= order(wanted):
+        return supports
+    return lambda _request: Support.no(f"promises {given}, and {wanted} is asked for")
 
 
 def _ask(name: str, supports: Callable[[Request], Support], request: Request) -> Candidate:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bedplate import demo
 from bedplate.models.adapter import HFModel
+from bedplate.models.fusion.coverage import require_coverage
 from bedplate.models.fusion.plan import fuse
 from bedplate.models.fusion.trial import Trial
 from bedplate.models.probe import probe
@@ -92,6 +93,8 @@ def load_ready(
             rehearsal=bound.runtime.rehearsal,
         )
     _record(fused.decisions, decisions)
+    if config.deterministic:
+        require_coverage(loaded.module)
     return ReadyModel(plan=plan, loaded=loaded, model=model)
 
 

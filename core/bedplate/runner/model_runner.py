@@ -231,6 +231,7 @@ class ModelRunner:
                     kv_dtype=self.plan.kv_dtype,
                     page_size=self.plan.page_size,
                     arch=self.bound.capabilities.arch,
+                    deterministic=self.config.deterministic,
                 ),
                 self.config.attention,
             )
@@ -244,6 +245,7 @@ class ModelRunner:
                 dtype=getattr(torch, self.plan.dtype),
                 max_batch_size=self.plan.max_running_requests,
                 max_context_len=self.plan.max_context_len,
+                deterministic=self.config.deterministic,
             )
         )
         self.model.bind_attention(self.attention, self.kv_pool)
