@@ -12,6 +12,7 @@ the least time that the device's own ceilings, measured first, allow.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -160,6 +161,7 @@ def main() -> None:
     print(report.ceilings, flush=True)
     for name in options.shapes:
         if device:
+            gc.collect()  # the engine before, and what the ceilings were measured with
             torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0] if device else 0
         with tempfile.TemporaryDirectory() as folder:

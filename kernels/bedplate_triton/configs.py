@@ -78,7 +78,7 @@ def override(op: str, **values: Any) -> Iterator[None]:
             _overrides[op] = before
 
 
-def choose(op: str, features: Features, **key: Any) -> dict[str, Any]:
+def choose(op: str, features: Features, **key: Any) -> Mapping[str, Any]:
     """Launch sizes of ``op`` on a device; remembered, so quick after the first time.
 
     Args:
@@ -87,15 +87,13 @@ def choose(op: str, features: Features, **key: Any) -> dict[str, Any]:
         key: Facts that rules ask for: constants of the model and classes of sizes, never a
             length.
     """
-    chosen = _chosen(op, features.arch, features.device, tuple(sorted(key.items())))
-    return {**chosen, **_overrides.get(op, {})}
+    chosen = _chosen(op, features.arch, features.device, **key)
+    return {**chosen, **_overrides[op]} if op in _overrides else chosen
 
 
 @lru_cache(maxsize=4096)
-def _chosen(
-    op: str, arch: str, device: str, key: tuple[tuple[str, Any], ...]
-) -> Mapping[str, Any]:
-    return MappingProxyType(find(op, arch, device).choose(dict(key)))
+def _chosen(op: str, arch: str, device: str, **key: Any) -> Mapping[str, Any]:
+    return MappingProxyType(find(op, arch, device).choose(key))
 
 
 @lru_cache(maxsize=256)

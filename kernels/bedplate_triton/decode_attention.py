@@ -18,6 +18,7 @@ from __future__ import annotations
 
 __all__ = ["choose_splits", "column_blocks", "decode_attention", "load_slots"]
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -25,8 +26,11 @@ import triton.language as tl
 
 from bedplate.errors import ContractError, UnsupportedError
 from bedplate_triton import configs
+from bedplate_triton.sizes import cdiv, power_of_two
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor
 
@@ -38,13 +42,14 @@ _MAX_KEY, _MAX_VALUE = 576, 512
 _MERGES = ("kernel", "last")
 
 
+@lru_cache(maxsize=64)
 def column_blocks(head_dim: int) -> tuple[int, int]:
     """Powers of two that cover D: the main part, and the tail (0 if there is none).
 
     80 is 64 + 16 and 576 is 512 + 64, which wastes less than 128 and 1,024.
     """
-    whole = max(16, triton.next_power_of_2(head_dim))
-    tail = max(16, triton.next_power_of_2(max(1, head_dim - whole // 2)))
+    whole = max(16, power_of_two(head_dim))
+    tail = max(16, power_of_two(max(1, head_dim - whole // 2)))
     return (whole // 2, tail) if whole >= 32 and tail < whole // 2 else (whole, 0)
 
 
@@ -73,7 +78,7 @@ def choose_splits(
     """
     group = num_heads // num_kv_heads
     choice = _choose(features, batch_size, group, head_dim, value_dim, kv_dtype)
-    programs = batch_size * num_kv_heads * triton.cdiv(group, choice["BLOCK_G"])
+    programs = batch_size * num_kv_heads * cdiv(group, choice["BLOCK_G"])
     wanted = choice["programs_a_core"] * features.cores // max(1, programs)
     useful = max_context_len // choice["tokens_a_split"]
     return int(max(1, min(wanted, useful, choice["most_splits"])))
@@ -136,7 +141,7 @@ def decode_attention(
     value_dim, splits, group = v_pool.shape[2], lse.shape[2], heads // kv_heads
     choice = _choose(features, batch, group, head_dim, value_dim, k_pool.dtype)
     main, tail = column_blocks(head_dim)
-    block_v = max(16, triton.next_power_of_2(value_dim))
+    block_v = max(16, power_of_two(value_dim))
     block_n, block_g = choice["BLOCK_N"], choice["BLOCK_G"]
     last = splits > 1 and counters is not None and choice["merge"] == "last"
     common = {
@@ -145,8 +150,8 @@ def decode_attention(
         "COLUMNS": min(block_v, choice["merge_columns"]),
         **features.chain.arguments(),
     }  # fmt: skip
-    merge_rows = min(block_g, triton.next_power_of_2(group), choice["merge_rows"])
-    _split_kernel[(kv_heads * triton.cdiv(group, block_g), batch, splits)](
+    merge_rows = min(block_g, power_of_two(group), choice["merge_rows"])
+    _split_kernel[(kv_heads * cdiv(group, block_g), batch, splits)](
         q, k_pool, v_pool, req_to_token, rows, seq_lens, sinks, out, partial, lse,
         counters if last else None, scale * k_scale, v_scale,
         q.stride(0), q.stride(1), req_to_token.stride(0), out.stride(0), out.stride(1),
@@ -160,9 +165,9 @@ def decode_attention(
     )  # fmt: skip
     if splits > 1 and not last:
         step = _step(choice, 1, common["COLUMNS"])
-        _merge_kernel[(heads, batch, triton.cdiv(value_dim, common["COLUMNS"]))](
+        _merge_kernel[(heads, batch, cdiv(value_dim, common["COLUMNS"]))](
             partial, lse, out, seq_lens, splits, out.stride(0), out.stride(1),
-            STEP=min(step, max(8, triton.next_power_of_2(splits))),
+            STEP=min(step, max(8, power_of_two(splits))),
             num_warps=choice["merge_warps"], **common,
         )  # fmt: skip
 
@@ -174,7 +179,7 @@ def _choose(
     head_dim: int,
     value_dim: int,
     dtype: torch.dtype,
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Launch sizes, checked."""
     if head_dim > _MAX_KEY or value_dim > _MAX_VALUE:
         raise UnsupportedError(
@@ -198,7 +203,7 @@ def _choose(
     return choice
 
 
-def _step(choice: dict[str, Any], rows: int, columns: int) -> int:
+def _step(choice: Mapping[str, Any], rows: int, columns: int) -> int:
     """Splits that a program merges at once: a power of two."""
     return int(max(1, min(64, choice["merge_tile"] // (rows * columns))))
 

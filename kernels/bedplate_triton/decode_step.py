@@ -21,6 +21,7 @@ import triton.language as tl
 from bedplate.errors import ContractError, UnsupportedError
 from bedplate.reference import decode_step as reference
 from bedplate_triton import configs
+from bedplate_triton.sizes import power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +71,8 @@ def advance_decode(
         changes, rows.input_ids, rows.positions, rows.req_pool_indices, rows.seq_lens,
         rows.out_cache_loc, req_to_token, last_tokens,
         fill_len, size, req_to_token.stride(0),
-        BLOCK=max(triton.next_power_of_2(size), _FEWEST_ROWS),
-        **configs.choose("decode_step", features, rows=triton.next_power_of_2(size)),
+        BLOCK=max(power_of_two(size), _FEWEST_ROWS),
+        **configs.choose("decode_step", features, rows=power_of_two(size)),
         **features.chain.arguments(),
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from bedplate.contract.decisions import Support
 from bedplate_triton import configs
 from bedplate_triton.decode_attention import LOG2E, column_blocks, load_slots
+from bedplate_triton.sizes import cdiv, power_of_two
 
 if TYPE_CHECKING:
     from bedplate_triton.features import Features
@@ -110,24 +111,25 @@ def extend_attention(
     key = {"head_dim": head_dim, "value_dim": value_dim, "group": group}
     key |= {"bytes": q.element_size(), "invariant": invariant}
     if not invariant:  # packed rows of the longest extension, as a class
-        key["rows"] = triton.next_power_of_2(max(1, max_extend_len * group))
+        key["rows"] = power_of_two(max(1, max_extend_len * group))
     choice = configs.choose("extend_attention", features, **key)
-    options = choice.pop("options")
-    tiles = triton.cdiv(max_extend_len * group, choice["BLOCK_M"])
-    if not tiles or not len(rows):
+    tiles = cdiv(max_extend_len * group, choice["BLOCK_M"])
+    requests = rows.shape[0]
+    if not tiles or not requests:
         return
     main, tail = column_blocks(head_dim)
     shared = v_pool.data_ptr() == k_pool.data_ptr() and v_pool.stride() == k_pool.stride()
-    _extend_kernel[(tiles * kv_heads, len(rows))](
+    _extend_kernel[(tiles * kv_heads, requests)](
         q, k_pool, v_pool, req_to_token, rows, seq_lens, start_loc, extend_lens, out, lse,
         sinks, scale * k_scale, v_scale, *q.stride()[:2], req_to_token.stride(0),
         *out.stride()[:2],
         K_T=k_pool.stride(0), K_H=k_pool.stride(1), V_T=v_pool.stride(0), V_H=v_pool.stride(1),
         KV_HEADS=kv_heads, GROUP=group, D=head_dim, DV=value_dim, D_MAIN=main, D_TAIL=tail,
-        DV_PAD=max(16, triton.next_power_of_2(value_dim)), CAUSAL=causal, WINDOW=window,
+        DV_PAD=max(16, power_of_two(value_dim)), CAUSAL=causal, WINDOW=window,
         CHUNK=chunk, SOFTCAP=softcap, VALUE_IN_KEY=shared and value_dim == main,
         INVARIANT=invariant, enable_fp_fusion=not invariant,
-        **choice, **options, **features.chain.arguments(),
+        BLOCK_M=choice["BLOCK_M"], BLOCK_N=choice["BLOCK_N"], num_warps=choice["num_warps"],
+        num_stages=choice["num_stages"], **choice["options"], **features.chain.arguments(),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from bedplate.errors import ContractError
 from bedplate.reference.ops import ACTIVATIONS
 from bedplate_triton import configs
+from bedplate_triton.sizes import cdiv, power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,10 +64,10 @@ def act_and_mul(x: Tensor, act: str, *, features: Features) -> Tensor:
     if out.numel() == 0:
         return out
     table = (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, 2 * size)
-    rows = len(table)
-    class_of_rows = min(triton.next_power_of_2(rows), _MANY_ROWS)
+    rows = table.shape[0]
+    class_of_rows = min(power_of_two(rows), _MANY_ROWS)
     config = configs.choose("gated", features, size=size, rows=class_of_rows)
-    blocks = triton.cdiv(size, config["columns"])
+    blocks = cdiv(size, config["columns"])
     _gate_rows[(rows * blocks,)](
         table, out, table.stride(0),
         size=size, act=act, blocks=blocks, block=config["columns"],

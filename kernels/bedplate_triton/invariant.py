@@ -23,6 +23,7 @@ from bedplate.errors import ContractError
 from bedplate_triton import configs
 from bedplate_triton.gated import act_and_mul
 from bedplate_triton.norm import add_norm
+from bedplate_triton.sizes import cdiv
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _GROUP = 8
 """Row blocks whose programs run side by side, so that they share weights in the cache."""
+_WHOLE = 128
+"""Features of which multiples need no mask, whatever the sizes of blocks."""
 
 
 def invariant_linear(
@@ -59,14 +62,14 @@ def invariant_linear(
     rows = x.reshape(-1, size)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    count = len(rows)
+    count = rows.shape[0]
     out = x.new_empty((*x.shape[:-1], n))
     if not count:
         return out
-    config = configs.choose(
-        "invariant", features, n=n, bytes=x.element_size(), rows=min(count, 256)
-    )
-    blocks = triton.cdiv(count, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
+    # Of the rows nothing is asked: their number must not choose the order of a sum.
+    even = size % _WHOLE == 0
+    config = configs.choose("invariant", features, n=n, bytes=x.element_size(), even=even)
+    blocks = cdiv(count, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     _multiply[(blocks,)](
         rows, weight, bias, out, count, n, rows.stride(0), weight.stride(0),
         E=size, GROUP=_GROUP, EVEN=size % config["BLOCK_K"] == 0,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from bedplate.errors import ContractError
+from bedplate_triton.sizes import cdiv, power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,9 +64,9 @@ def write_kv(
     tokens, heads, key_size = k.shape
     if tokens == 0:
         return
-    block = triton.next_power_of_2(max(key_size, value_size))
-    tile = min(triton.next_power_of_2(heads), max(_TILE_ELEMENTS // block, 1))
-    _write_tokens[(tokens, triton.cdiv(heads, tile))](
+    block = power_of_two(max(key_size, value_size))
+    tile = min(power_of_two(heads), max(_TILE_ELEMENTS // block, 1))
+    _write_tokens[(tokens, cdiv(heads, tile))](
         k, v, slots, k_pool, v_pool,
         *k.stride()[:2], *v.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2],
         heads=heads, key_size=key_size, value_size=value_size, tile=tile, block=block,
@@ -74,7 +75,7 @@ def write_kv(
 
 
 def _check(what: str, rows: Tensor, slots: Tensor, pool: Tensor) -> None:
-    if rows.shape != (len(slots), *pool.shape[1:]):
+    if (slots.shape, rows.shape[1:]) != (rows.shape[:1], pool.shape[1:]):
         raise ContractError(
             f"cannot store {what} {list(rows.shape)} at {len(slots)} slots of "
             f"{list(pool.shape[1:])}; one row a slot"

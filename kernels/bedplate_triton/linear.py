@@ -37,6 +37,7 @@ from bedplate.reference.ops import ACTIVATIONS, NORM_ORDERS
 from bedplate_triton import configs
 from bedplate_triton.gated import act_and_mul, activate
 from bedplate_triton.norm import add_norm, weigh
+from bedplate_triton.sizes import cdiv, power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,8 @@ def linear(
         ContractError: The shapes do not fit each other, or features are not adjacent.
     """
     _check(x, weight, bias, None)
+    if _is_many(x):
+        return functional.linear(x, weight, bias)
     config = _choose(x, weight, features, norm=False, act=False)
     return _project(x, weight, bias, None, config, features)
 
@@ -120,14 +123,30 @@ def norm_linear(
         ContractError: Shapes, order and activation do not fit each other.
     """
     _check(x, weight, bias, act)
-    norm = _Norm(residual, norm_weight, norm_bias, eps, order)
+    before = (residual, norm_weight, norm_bias, eps, order)
+    if _is_many(x):
+        normed, total = add_norm(x, *before, features=features)
+        return _by_torch(normed, weight, bias, act, features), total
+    norm = _Norm(*before)
     _check_norm(x, norm)
     config = _choose(x, weight, features, norm=True, act=act is not None)
     if config["form"] == "gemv" and config["fuse"] and _is_held(x, config) and x.numel():
         total = x if residual is None else x.new_empty(x.shape)
         return _gemv_rows(x, weight, bias, act, config, features, norm, total), total
-    normed, total = add_norm(x, residual, norm_weight, norm_bias, eps, order, features=features)
+    normed, total = add_norm(x, *before, features=features)
     return _project(normed, weight, bias, act, config, features), total
+
+
+def _is_many(x: Tensor) -> bool:
+    """Whether only torch's own product takes so many rows."""
+    return x.numel() > MAX_SKINNY_ROWS * x.shape[-1]
+
+
+def _by_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, features: Features
+) -> Tensor:
+    out = functional.linear(x, weight, bias)
+    return out if act is None else act_and_mul(out, act, features=features)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> None:
@@ -149,7 +168,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> N
         return
     if act not in ACTIVATIONS:
         raise ContractError(f"no activation '{act}'; known: {', '.join(ACTIVATIONS)}")
-    if len(weight) % 2:
+    if weight.shape[0] % 2:
         raise ContractError(
             f"weights of a gate and of what it gates are an even number, not {len(weight)}"
         )
@@ -189,8 +208,7 @@ def _choose(
     """Form and sizes; with them ``m``, the number of rows."""
     n, k = weight.shape
     rows = x.numel() // max(k, 1)
-    bounded = min(rows, MAX_SKINNY_ROWS + 1)  # what is remembered must not grow with prompts
-    config = configs.choose("linear", features, n=n, k=k, m=bounded, norm=norm, act=act)
+    config = configs.choose("linear", features, n=n, k=k, m=rows, norm=norm, act=act)
     limit = {"gemv": MAX_GEMV_ROWS, "skinny": MAX_SKINNY_ROWS, "torch": rows}
     if rows > limit.get(config["form"], -1):
         raise ContractError(
@@ -209,17 +227,14 @@ def _project(
     features: Features,
 ) -> Tensor:
     """The layer and its activation, in the form that was chosen."""
-    outputs = len(weight) // (1 if act is None else 2)
+    outputs = weight.shape[0] // (1 if act is None else 2)
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], outputs))
     if config["form"] == "gemv":
         return _gemv_rows(x, weight, bias, act, config, features, None, x)
     if config["form"] == "skinny":
         return _skinny_rows(x, weight, bias, act, config, features)
-    out = functional.linear(x, weight, bias)
-    if act is None:
-        return out
-    return act_and_mul(out, act, features=features)
+    return _by_torch(x, weight, bias, act, features)
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, int]:
@@ -228,17 +243,13 @@ def _as_rows(x: Tensor) -> tuple[Tensor, int]:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     # A single row may have any step; one that depends on it would compile once more.
-    return rows, rows.stride(0) if len(rows) > 1 else rows.shape[1]
+    return rows, rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
 
 
 def _is_held(x: Tensor, config: dict[str, Any]) -> bool:
     """Whether a program keeps all its input in registers."""
-    size = _power_of_two(config["m"]) * x.shape[-1] * x.element_size()
+    size = power_of_two(config["m"]) * x.shape[-1] * x.element_size()
     return bool(size <= _HELD_BYTES * 32 * config["num_warps"])
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
 
 
 def _gemv_rows(
@@ -256,20 +267,21 @@ def _gemv_rows(
     outputs, least = (n, 1) if act is None else (n // 2, 2)
     out = x.new_empty((*x.shape[:-1], outputs))
     rows, x_row = _as_rows(x)
+    count = rows.shape[0]
     residual, residual_row = None, x_row
     if norm is not None and norm.residual is not None:
         residual, residual_row = _as_rows(norm.residual)
     block = max(config["rows"], least)
-    chunk = min(config["chunk"], _power_of_two(size))
-    tiles = min(config["tiles"], triton.cdiv(outputs, block // least))
-    steps = tiles * triton.cdiv(size, chunk)
-    _gemv[(triton.cdiv(outputs, block // least * tiles),)](
+    chunk = min(config["chunk"], power_of_two(size))
+    tiles = min(config["tiles"], cdiv(outputs, block // least))
+    steps = tiles * cdiv(size, chunk)
+    _gemv[(cdiv(outputs, block // least * tiles),)](
         rows, residual,
         None if norm is None else norm.weight, None if norm is None else norm.bias,
         weight, None if bias is None else bias.contiguous(), out, total,
-        0.0 if norm is None else norm.eps, len(rows),
+        0.0 if norm is None else norm.eps, count,
         x_row, residual_row, weight.stride(0),
-        N=n, E=size, INVERSE_E=1.0 / size, M=_power_of_two(len(rows)), ROWS=block,
+        N=n, E=size, INVERSE_E=1.0 / size, M=power_of_two(count), ROWS=block,
         CHUNK=chunk, TILES=tiles, DEPTH=min(config["depth"], steps),
         HOLD=_is_held(x, config), ORDER=None if norm is None else norm.order, ACT=act,
         EVICT=config["evict"], num_warps=config["num_warps"], num_stages=1,
@@ -291,16 +303,17 @@ def _skinny_rows(
     outputs, least = (n, 1) if act is None else (n // 2, 2)
     out = x.new_empty((*x.shape[:-1], outputs))
     rows, x_row = _as_rows(x)
-    padded = max(16, _power_of_two(len(rows)))
+    count = rows.shape[0]
+    padded = max(16, power_of_two(count))
     width, depth, splits = config["block_n"], config["block_k"], config["splits"]
-    splits = min(splits, triton.cdiv(size, depth))
+    splits = min(splits, cdiv(size, depth))
     partial = None
     if splits > 1:
-        partial = torch.empty((splits, len(rows), n), dtype=torch.float32, device=x.device)
+        partial = torch.empty((splits, count, n), dtype=torch.float32, device=x.device)
     stages = features.shared_bytes // ((width + padded) * depth * x.element_size())
     bias = None if bias is None else bias.contiguous()
-    _skinny[(triton.cdiv(outputs, width // least), splits)](
-        rows, weight, bias, out, partial, len(rows), x_row, weight.stride(0),
+    _skinny[(cdiv(outputs, width // least), splits)](
+        rows, weight, bias, out, partial, count, x_row, weight.stride(0),
         N=n, E=size, BLOCK_M=padded, BLOCK_N=width, BLOCK_K=depth, SPLITS=splits,
         SWAP=config["swap"], EARLY=config["early"], ACT=act, EVICT=config["evict"],
         num_warps=config["num_warps"],
@@ -308,9 +321,9 @@ def _skinny_rows(
         **features.chain.arguments(),
     )  # fmt: skip
     if partial is not None:
-        columns = min(_ADD_COLUMNS, _power_of_two(n))
-        _add_splits[(triton.cdiv(outputs, columns // least), len(rows))](
-            partial, bias, out, len(rows), N=n, SPLITS=splits, BLOCK_N=columns, ACT=act,
+        columns = min(_ADD_COLUMNS, power_of_two(n))
+        _add_splits[(cdiv(outputs, columns // least), count)](
+            partial, bias, out, count, N=n, SPLITS=splits, BLOCK_N=columns, ACT=act,
             num_warps=2, **features.chain.arguments(),
         )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ import triton.language as tl
 from bedplate.errors import ContractError
 from bedplate_triton import configs
 from bedplate_triton.decode_attention import LOG2E
+from bedplate_triton.sizes import cdiv, power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,10 +55,10 @@ def merge_attention_states(
     lse = torch.empty(lse_a.shape, dtype=lse_a.dtype, device=out_a.device)
     if out.numel() == 0:
         return out, lse
-    block = triton.next_power_of_2(size)
+    block = power_of_two(size)
     choice = configs.choose("merge_states", features, value_dim=size)
     tile = max(1, choice["elements"] // block)
-    _merge_states[(triton.cdiv(tokens * heads, tile),)](
+    _merge_states[(cdiv(tokens * heads, tile),)](
         out_a, lse_a, out_b, lse_b, out, lse, tokens * heads,
         *out_a.stride()[:2], *out_b.stride()[:2], *lse_a.stride(), *lse_b.stride(),
         H=heads, DV=size, TILE=tile, BLOCK_V=block, num_warps=choice["num_warps"],

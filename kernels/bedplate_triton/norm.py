@@ -24,6 +24,7 @@ import triton.language as tl
 from bedplate.errors import ContractError
 from bedplate.reference.ops import NORM_ORDERS, RMS_NORM_ORDERS
 from bedplate_triton import configs
+from bedplate_triton.sizes import cdiv, power_of_two
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,19 +114,16 @@ def _launch(
     total = None if residual is None else torch.empty_like(out)
     if out.numel() == 0:
         return out, total
-    runs = _runs(x)
-    if x.stride(-1) != 1 or len(runs) > 2:
-        x = x.contiguous()
-        runs = _runs(x)
+    x, runs = _runs(x)
     # Without a run its step is never taken; E has the alignment that other calls have.
     (outer, outer_step), (inner, inner_step) = [(1, size)] * (2 - len(runs)) + runs
     config = configs.choose("norm", features, size=size)
     tile = config["rows"]
-    _norm_rows[(triton.cdiv(outer * inner, tile),)](
+    _norm_rows[(cdiv(outer * inner, tile),)](
         x, _contiguous(residual), _contiguous(weight), _contiguous(bias), out, total, eps,
         outer * inner, inner, outer_step, inner_step,
         order=order, size=size, inverse_size=1.0 / size, tile=tile,
-        block=triton.next_power_of_2(size),
+        block=power_of_two(size),
         num_warps=config["num_warps"], enable_fp_fusion=False, **features.chain.arguments(),
     )  # fmt: skip
     return out, total
@@ -164,8 +162,14 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _runs(x: Tensor) -> list[tuple[int, int]]:
-    """Leading dimensions as ``(rows, step)``, joined where one continues the other."""
+def _runs(x: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Leading dimensions as ``(rows, step)``, joined where one continues the other.
+
+    At most two, of ``x`` or of a copy, whose features are adjacent.
+    """
+    size = x.shape[-1]
+    if x.is_contiguous():
+        return x, [(x.numel() // size, size)]
     runs: list[tuple[int, int]] = []
     for rows, step in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if rows == 1:
@@ -174,7 +178,7 @@ def _runs(x: Tensor) -> list[tuple[int, int]]:
             runs[-1] = (runs[-1][0] * rows, step)
         else:
             runs.append((rows, step))
-    return runs
+    return _runs(x.contiguous()) if x.stride(-1) != 1 or len(runs) > 2 else (x, runs)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from bedplate.reference.ops import RMS_NORM_ORDERS
 from bedplate.reference.rope import ROPE_STYLES
 from bedplate_triton import configs
 from bedplate_triton.norm import weigh
+from bedplate_triton.sizes import cdiv, power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,11 +86,11 @@ def qk_norm_rope_write(
     changes = rope is not None or norm is not None
     if tokens == 0 or not (changes or keys is not None):
         return
-    class_of_tokens = min(triton.next_power_of_2(tokens), _MANY_TOKENS)
+    class_of_tokens = min(power_of_two(tokens), _MANY_TOKENS)
     config = configs.choose("rope", features, head_dim=size, flat=flat, tokens=class_of_tokens)
-    tile = triton.next_power_of_2(max(q_heads, kv_heads)) if flat else config["heads"]
-    q_groups = triton.cdiv(q_heads, tile) if changes else 0
-    kv_groups = triton.cdiv(kv_heads, tile)
+    tile = power_of_two(max(q_heads, kv_heads)) if flat else config["heads"]
+    q_groups = cdiv(q_heads, tile) if changes else 0
+    kv_groups = cdiv(kv_heads, tile)
     groups = q_groups + kv_groups * (1 if keys is None else 2)
     _turn_and_write[(tokens * groups,)](
         q, k, v, positions, slots, keys, values,
@@ -110,9 +111,9 @@ def qk_norm_rope_write(
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
-    tokens = len(q)
-    if (len(k), k.shape[2], k.dtype) != (tokens, q.shape[2], q.dtype) or (
-        v.shape[:2] != k.shape[:2] or positions.shape != (tokens,)
+    (tokens, _, size), (count, kv_heads, key_size) = q.shape, k.shape
+    if (count, key_size, k.dtype) != (tokens, size, q.dtype) or (
+        v.shape[:2] != (count, kv_heads) or positions.shape != (tokens,)
     ):
         raise ContractError(
             f"queries {list(q.shape)} {q.dtype}, keys {list(k.shape)} {k.dtype}, values "

@@ -29,6 +29,7 @@ import triton.language as tl
 from bedplate.errors import ContractError, UnsupportedError
 from bedplate.reference import sampling as reference
 from bedplate_triton import configs
+from bedplate_triton.sizes import cdiv, power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,12 +87,12 @@ def sample_tokens(
         return tokens
     # Only GROUP may depend on the rows: all else orders sums, and then the same row would not
     # give the same token in every batch.
-    sizes = configs.choose("sampling", features, rows=triton.next_power_of_2(size))
-    blocks = triton.cdiv(vocabulary, sizes["BLOCK"])
+    sizes = configs.choose("sampling", features, rows=power_of_two(size))
+    blocks = cdiv(vocabulary, sizes["BLOCK"])
     peaks = logits.new_empty((size, blocks))
     places = torch.empty((size, blocks), dtype=torch.int32, device=logits.device)
     sums = torch.empty((size, blocks), dtype=torch.float32, device=logits.device)
-    _blocks_kernel[(triton.cdiv(blocks, sizes["GROUP"]), size)](
+    _blocks_kernel[(cdiv(blocks, sizes["GROUP"]), size)](
         logits, rows, tables.temperature, peaks, places, sums, logits.stride(0),
         V=vocabulary, BLOCK=sizes["BLOCK"], GROUP=sizes["GROUP"],
         num_warps=sizes["block_warps"], **features.chain.arguments(),
@@ -103,7 +104,7 @@ def sample_tokens(
         tables.seed, peaks, places, sums, candidates, candidate_places, tokens, last_tokens,
         logits.stride(0), vocabulary, blocks,
         LOWEST=_LOWEST[logits.dtype], BLOCK=sizes["BLOCK"],
-        BLOCK_N=triton.next_power_of_2(blocks), TILE=sizes["TILE"], ROOM=sizes["ROOM"],
+        BLOCK_N=power_of_two(blocks), TILE=sizes["TILE"], ROOM=sizes["ROOM"],
         num_warps=sizes["row_warps"], **features.chain.arguments(),
     )  # fmt: skip
     return tokens

@@ -217,8 +217,8 @@ def test_every_program_releases_and_then_waits(monkeypatch):
 
 @pytest.fixture
 def registry():
-    operations = Operations({"rms_norm": reference.rms_norm}, DecisionLog(), "here")
-    register(operations, "here")
+    operations = Operations(reference.OPERATIONS, DecisionLog(), "here")
+    register(operations, "here", FEATURES)
     return operations
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["Engine"]
 
+import gc
 from typing import TYPE_CHECKING, Any, Self
 
 from bedplate.config import resolve_config
@@ -70,6 +71,10 @@ class Engine(EngineClient):
         except BaseException:
             self._started.bound.shutdown()
             raise
+        # What start-up made lives long: the collector would walk it for a tenth of a second,
+        # in the middle of some step.
+        gc.collect()
+        gc.freeze()
 
     @property
     def config(self) -> EngineConfig:
@@ -90,6 +95,7 @@ class Engine(EngineClient):
         """End all requests and give the device back; later calls do nothing."""
         super().close()
         self._started.bound.shutdown()
+        gc.unfreeze()
 
 
 def _find_tokenizer(started: Started) -> Tokenizer | None:

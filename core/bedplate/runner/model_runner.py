@@ -30,7 +30,7 @@ from bedplate.contract.attention import (
 from bedplate.contract.graph import GraphRunnerRequest
 from bedplate.contract.memory import AllocatorRequest, KVPoolRequest
 from bedplate.errors import BedplateError, ContractError, DeviceMemoryError
-from bedplate.graph.buckets import capture_sizes, first_sizes, pad_to
+from bedplate.graph.buckets import capture_sizes, first_sizes, memory_class, pad_to
 from bedplate.memory.factory import make_allocator, make_kv_pool
 from bedplate.memory.req_to_token import ReqToTokenPool
 from bedplate.memory.sizing import cell_bytes
@@ -189,7 +189,7 @@ class ModelRunner:
         self.init_attention_backend()
         runner = self._make_graph_runner(sizes)
         if runner is not None:
-            self._rehearse(runner, first_sizes(sizes))
+            self._rehearse(runner, sizes)
             runner.capture(first=())
             self._graph_bytes = runner.memory_bytes
             runner.release()
@@ -416,10 +416,15 @@ class ModelRunner:
         self.allocator = self.bound.make_allocator(slots) or make_allocator(slots)
 
     def _capture_sizes(self) -> tuple[int, ...]:
-        return capture_sizes(self.plan.max_running_requests, sizes=self.config.capture_sizes)
+        """Up to the largest batch there can be; those that come first are captured first."""
+        most, sizes = self.plan.max_running_requests, self.config.capture_sizes
+        if sizes is not None:
+            return capture_sizes(most, sizes=sizes)
+        memory = memory_class(self.bound.runtime.memory().total_bytes)
+        return capture_sizes(most, limit=most, memory=memory)
 
     def _rehearse(self, runner: GraphRunner, sizes: tuple[int, ...]) -> None:
-        """Have the kernels of prompts and of some buckets made ready, all at once."""
+        """Have the kernels of prompts and of buckets made ready, all at once."""
         rehearsal = self.bound.runtime.rehearsal()
         if rehearsal is None:
             return

@@ -59,7 +59,7 @@ class Layout:
             (call.num_kv_heads, call.value_dim),
         )
         q, k, v = (
-            product.as_strided((len(product), *shape), (row, step, 1), first + start)
+            product.as_strided((product.shape[0], *shape), (row, step, 1), first + start)
             for shape, start, step in zip(shapes, self.starts, self.steps, strict=True)
         )
         return q, k, v
