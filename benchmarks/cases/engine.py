@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,10 @@ def prompts_of(engine: Engine, rng: np.random.Generator, lengths: list[int]) -> 
     return [rng.integers(4, vocabulary, size=length).tolist() for length in lengths]
 
 
-def decode_ms(engine: Engine, rng: np.random.Generator, batch: int, context: int) -> float:
-    """Milliseconds a step, while every request decodes."""
+def decode_ms(
+    engine: Engine, rng: np.random.Generator, batch: int, context: int
+) -> tuple[float, float]:
+    """Milliseconds a step, while every request decodes: the mean, and the longest."""
     core, steps = engine.core, _SKIPPED + _COUNTED
     params = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
     arrived = 0
@@ -65,14 +68,13 @@ def decode_ms(engine: Engine, rng: np.random.Generator, batch: int, context: int
 
     for prompt in prompts_of(engine, rng, [context] * batch):
         core.add_request(prompt, params, sink=collect)
-    tokens, marks = 0, {}
+    tokens, marks = 0, []
     while arrived < batch:
-        result = core.step()
-        tokens += len(result.token_ids)
-        for count in (_SKIPPED, steps):
-            if tokens >= count * batch and count not in marks:
-                marks[count] = time.perf_counter()
-    return (marks[steps] - marks[_SKIPPED]) / _COUNTED * 1e3
+        tokens += len(core.step().token_ids)
+        if _SKIPPED * batch <= tokens <= steps * batch:
+            marks.append(time.perf_counter())
+    longest = max(after - before for before, after in pairwise(marks))
+    return (marks[-1] - marks[0]) / (len(marks) - 1) * 1e3, longest * 1e3
 
 
 def run_decode(
@@ -80,11 +82,11 @@ def run_decode(
 ) -> None:
     rng = np.random.default_rng(0)
     for batch in batches:
-        ms = decode_ms(engine, rng, batch, context)
+        ms, longest = decode_ms(engine, rng, batch, context)
         mean = context + _SKIPPED + _COUNTED // 2
         floor = report.floor_us(shapes.step_bytes(engine, batch, mean))
         what = f"{name} decode, {batch} × {context}"
-        report.add(what, ms, floor, tokens_s=batch / ms * 1e3)
+        report.add(what, ms, floor, tokens_s=batch / ms * 1e3, longest_ms=longest)
 
 
 def run_prompts(engine: Engine, report: Report, name: str, cases: list[list[int]]) -> None:

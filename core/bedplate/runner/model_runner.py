@@ -67,7 +67,7 @@ _PADDED_STEPS = 64
 """Steps that a bucket's batches are padded to a larger one before its graph is captured amid
 work: the capture costs about a step."""
 
-_REHEARSED_TOKENS = (1, 3, 12, 24, 48, 100, 1024)
+_REHEARSED_TOKENS = (1, 3, 12, 24, 48, 100, 1024, 4100)
 """Lengths of prompts whose kernels are made ready: one for each class that kernels know."""
 
 _MEM_FRACTION = 0.88
@@ -428,12 +428,13 @@ class ModelRunner:
         rehearsal = self.bound.runtime.rehearsal()
         if rehearsal is None:
             return
-        longest = min(self.plan.max_context_len, self.config.chunked_prefill_tokens)
+        longest = min(self.plan.max_context_len - 1, self.config.chunked_prefill_tokens)
         with rehearsal:
             runner.rehearse(sizes)
             with self.bound.runtime.inference_guard():
                 for count in sorted({min(count, longest) for count in _REHEARSED_TOKENS}):
-                    self._eager(dummy_prompt(count, self.bound.runtime.device))
+                    # With a prefix: whole prompts may be another library's.
+                    self._eager(dummy_prompt(count, self.bound.runtime.device, prefix=1))
 
     def _capture_if_worth_it(self, graphs: GraphRunner, size: int) -> None:
         """Capture a bucket whose batches have long been padded to a larger one."""
