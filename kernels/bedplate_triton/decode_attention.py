@@ -285,7 +285,9 @@ def _merge(
     tl.store(where, acc.to(out.dtype.element_ty), mask=real[:, None] & inside)
 
 
-@triton.jit
+# Where the numbers of a pass begin changes their alignment: specialised, that would compile
+# while serving.
+@triton.jit(do_not_specialize=["table", "rows", "lengths"])
 def _split_kernel(
     q, keys, values, table, rows, lengths, sinks, out, partial, lse, counters,
     scale, v_scale,
@@ -402,7 +404,7 @@ def _split_kernel(
 
 
 # The number of splits follows the batch: specialised, it would compile while serving.
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["lengths", "splits"])
 def _merge_kernel(
     partial, lse, out, lengths, splits, out_b, out_h,
     H: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,

@@ -227,7 +227,9 @@ def _sweep(
     return acc, total, peak
 
 
-@triton.jit
+# Where the numbers of a pass begin changes their alignment: specialised, that would compile
+# anew.
+@triton.jit(do_not_specialize=["req_to_token", "rows", "seq_lens", "start_loc", "extend_lens"])
 def _extend_kernel(
     q, k_pool, v_pool, req_to_token, rows, seq_lens, start_loc, extend_lens, out, lse, sinks,
     scale, v_scale, q_stride, q_head_stride, table_stride, out_stride, out_head_stride,

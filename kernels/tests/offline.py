@@ -79,8 +79,12 @@ class _Compiler:
 
 
 def _facts(compiled) -> dict:
-    """Name, shared bytes, stack bytes a thread (more than none are spills), assembly."""
+    """Name, shared bytes, stack bytes a thread (more than none are spills), assembly.
+
+    ``compile`` is the same for launches of which the second compiles nothing.
+    """
     return {
+        "compile": compiled.hash,
         "kernel": compiled.metadata.name,
         "shared": compiled.metadata.shared,
         "stack": _stack_bytes(compiled.asm["cubin"]),
