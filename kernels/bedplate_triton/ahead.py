@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import triton
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,9 +31,14 @@ def compile_ahead() -> Iterator[None]:
     """
     function: Any = triton.runtime.JITFunction
     run = function.run
+    begun: set[Any] = set()
 
-    def collect(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(kernel, *args, grid=grid, warmup=True, **options)
+    def collect(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        """Compile for what sorts of arguments these are; layers repeat each other's."""
+        sorts = (kernel, *map(_sort, args), *((n, _sort(v)) for n, v in options.items()))
+        if sorts not in begun:
+            begun.add(sorts)
+            run(kernel, *args, grid=grid, warmup=True, **options)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         function.run = collect
@@ -44,3 +50,10 @@ def compile_ahead() -> Iterator[None]:
                     function.run = run
         finally:
             function.run = run
+
+
+def _sort(value: Any) -> Any:
+    """Equal for arguments that no kernel is compiled anew for."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return type(value), value

@@ -12,6 +12,7 @@ __all__ = ["KnownNorms", "NormSite", "NormedInput", "find_norms", "rounding_orde
 
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -107,14 +108,12 @@ def rounding_order(module: nn.Module, size: int) -> tuple[str, float] | None:
         module: Childless, called with one ``[…, E]`` tensor.
         size: E.
     """
-    generator = torch.Generator().manual_seed(0)
     copy = deepcopy(module).to("cpu", torch.bfloat16)
-    x = torch.randn(len(SCALES), 3, size, generator=generator)
-    x = (x * torch.tensor(SCALES)[:, None, None]).bfloat16()
+    x = _rows(size, 0).bfloat16()
     weight = next(copy.parameters(), None)
     with torch.no_grad():
         if weight is not None:
-            weight.copy_(1 + 0.5 * torch.randn(size, generator=generator))
+            weight.copy_(1 + 0.5 * _rows(size, 2)[-2, 0])
         try:
             want = copy(x)
         except Exception:
@@ -178,9 +177,7 @@ class NormSite(Site):
         """The operation against the module with its own weights, on random data."""
         call = providers["rms_norm"].call
         self._call = Shadow(call, weight=self.weight, eps=self.eps, order=self.order)
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(len(SCALES), 3, self._size, generator=generator)
-        x = (x * torch.tensor(SCALES)[:, None, None]).to(self._device, self._dtype)
+        x = _rows(self._size, 1).to(self._device, self._dtype)
         got, want = self._call(x), self._module(x)
         if self._dtype in (torch.bfloat16, torch.float16):
             apart = int((got != want).sum()) if got.shape == want.shape else got.numel()
@@ -198,6 +195,14 @@ class NormSite(Site):
     def revert(self) -> None:
         """Uncover the norm."""
         Shadow.remove(self._module)
+
+
+@lru_cache(maxsize=16)
+def _rows(size: int, seed: int) -> Tensor:
+    """Random rows ``[scale, 3, size]`` of every scale."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(SCALES), 3, size, generator=generator)
+    return x * torch.tensor(SCALES)[:, None, None]
 
 
 def _same_bits(got: Tensor, want: object) -> bool:

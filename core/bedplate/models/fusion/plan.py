@@ -124,19 +124,15 @@ def fuse(
         reason = f"the trial forward raised {type(error).__name__}: {error}"
         return FusionPlan(decisions=(_whole("off", reason, "failed"),), sites=())
     decisions = [_whole(mode, "sites are verified one by one", "chosen")]
-    used: list[Site] = []
     sites = _find(calls, mode, trial)
     _rehearse(rehearsal(), sites, ops, lambda: [run(module) for run in runs])
-    for kind in _kinds(sites):
-        results = [_try(site, ops) for site in kind]
-        applied = [site for site, (_, ok) in zip(kind, results, strict=True) if ok]
-        broken = _check_model(module, runs, references) if applied else ""
-        if broken:
-            for site in reversed(applied):
-                site.revert()
-        for site, (decision, ok) in zip(kind, results, strict=True):
-            decisions.append(_decision(site, "failed", broken) if ok and broken else decision)
-        used += [] if broken else applied
+    check = partial(_check_model, module, runs, references)
+    made, used, broken = _use(sites, ops, check)
+    if broken:  # by some kind, which kind by kind will show
+        parts = [_use(kind, ops, check) for kind in _kinds(sites)]
+        made = [decision for part, _, _ in parts for decision in part]
+        used = [site for _, part, _ in parts for site in part]
+    decisions += made
     plan = FusionPlan(decisions=tuple(decisions), sites=tuple(used))
     logger.info("fusion: %s", plan.counts() or "nothing pays here")
     return plan
@@ -183,6 +179,28 @@ def _kinds(sites: Sequence[Site]) -> list[list[Site]]:
     for site in sites:
         kinds.setdefault(site.kind, []).append(site)
     return list(kinds.values())
+
+
+def _use(
+    sites: Sequence[Site], ops: OpRegistry, check: Callable[[], str]
+) -> tuple[list[Decision], list[Site], str]:
+    """Try sites, and take all back if the whole model is no longer right.
+
+    Returns:
+        A decision for each, those in use, and what ``check`` found wrong.
+    """
+    results = [_try(site, ops) for site in sites]
+    used = [site for site, (_, ok) in zip(sites, results, strict=True) if ok]
+    broken = check() if used else ""
+    if not broken:
+        return [decision for decision, _ in results], used, ""
+    for site in reversed(used):
+        site.revert()
+    decisions = [
+        _decision(site, "failed", broken) if ok else decision
+        for site, (decision, ok) in zip(sites, results, strict=True)
+    ]
+    return decisions, [], broken
 
 
 def _try(site: Site, ops: OpRegistry) -> tuple[Decision, bool]:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from bedplate.errors import ConfigError, UnsupportedError
 from bedplate.models.fusion import fuse as fuse_any
+from bedplate.models.fusion.calls import trial_forward
 from bedplate.models.fusion.site import difference
 from bedplate.models.weights import (
     WeightIndex,
@@ -164,19 +165,23 @@ def test_no_provider_is_a_refusal_with_its_reason(qwen3, ops, monkeypatch):
 
 @pytest.mark.parametrize("how", ["wrong", "raises"])
 def test_a_kernel_that_is_right_alone_but_not_in_the_model_is_taken_back(qwen3, ops, how):
-    """Right on the eight trial rows in one batch; wrong for what the model gives it."""
+    """Right on the rows that it is verified with; wrong for what the model gives it."""
     want = logits(qwen3)
-    rows = []
+    inside = []
+
+    def run(module):
+        inside.append(module)
+        try:
+            return trial_forward(module)
+        finally:
+            inside.clear()
 
     def sly(x, weight, bias=None):
-        rows.append(x)
-        if len(rows) > 4:
-            if how == "raises":
-                raise RuntimeError("view of a non-contiguous tensor")
-            return functional.linear(x, weight, bias) * 2
-        return functional.linear(x, weight, bias)
+        if inside and how == "raises":
+            raise RuntimeError("view of a non-contiguous tensor")
+        return functional.linear(x, weight, bias) * (2 if inside else 1)
 
-    plan = fuse(qwen3, ops(linear=sly))
+    plan = fuse(qwen3, ops(linear=sly), run=run)
     assert plan.counts().get("siblings", 0) == 0
     reasons = {d.candidates[0].reason for d in plan.decisions if d.point.endswith("siblings")}
     assert any("logits differ" in r or "the model raised" in r for r in reasons)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches that are only compiled: once for each sort, and never run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+from triton.runtime import JITFunction
+
+from bedplate_triton.ahead import compile_ahead
+
+
+def kernel_of_a_test(x, count, size):
+    raise AssertionError("nothing runs here")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Arguments of every launch that reached the compiler."""
+    seen = []
+    monkeypatch.setattr(JITFunction, "run", lambda _kernel, *a, **o: seen.append((a, o)))
+    return seen
+
+
+def test_each_sort_of_launch_is_compiled_once(compiled):
+    kernel = JITFunction(kernel_of_a_test)
+    layers = [torch.zeros(16), torch.ones(32)]
+    others = [torch.zeros(17)[1:], torch.zeros(16, dtype=torch.bfloat16)]
+    with compile_ahead():
+        for x in layers + others:
+            kernel[(1,)](x, 3, size=4)
+        kernel[(1,)](layers[0], 3, size=8)
+        kernel[(1,)](layers[0], True, size=4)
+        kernel[(2,)](layers[1], 3, size=4)
+    assert [options["size"] for _, options in compiled] == [4, 4, 4, 8, 4]
+    assert all(options["warmup"] for _, options in compiled)
+
+
+def test_launches_run_again_afterwards(compiled):
+    before = triton.runtime.JITFunction.run
+    with pytest.raises(ValueError, match="of the pass"), compile_ahead():
+        raise ValueError("of the pass")
+    assert triton.runtime.JITFunction.run is before
