@@ -2,9 +2,10 @@
 """Compile what a pass would launch, all of it at once and without running it.
 
 A compile takes about a second, and a first pass launches dozens of kernels one after the
-other.  In this context launches return at once; their kernels are compiled by many threads,
-and lie ready when it ends.  What kernels would have written stays as it was, so only passes
-whose results nobody wants belong here.
+other.  In this context launches return at once; when it ends their kernels are compiled by
+copies of the process, one a core, and lie ready in the disk's cache.  (Threads would take
+turns: much of the compiler is Python.)  What kernels would have written stays as it was, so
+only passes whose results nobody wants belong here.
 """
 
 from __future__ import annotations
@@ -12,15 +13,21 @@ from __future__ import annotations
 __all__ = ["compile_ahead"]
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import signal
+import time
+import warnings
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import triton
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+_PATIENCE_S = 120.0
+"""A copy that takes longer is stuck, and its kernels are compiled here."""
 
 
 @contextmanager
@@ -32,6 +39,7 @@ def compile_ahead() -> Iterator[None]:
     function: Any = triton.runtime.JITFunction
     run = function.run
     begun: set[Any] = set()
+    compiles = _Compiles()
 
     def collect(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         """Compile for what sorts of arguments these are; layers repeat each other's."""
@@ -40,16 +48,15 @@ def compile_ahead() -> Iterator[None]:
             begun.add(sorts)
             run(kernel, *args, grid=grid, warmup=True, **options)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        function.run = collect
-        try:
-            with triton.AsyncCompileMode(pool, ignore_errors=True):
-                try:
-                    yield
-                finally:
-                    function.run = run
-        finally:
-            function.run = run
+    function.run = collect
+    try:
+        with triton.AsyncCompileMode(compiles, ignore_errors=True):
+            try:
+                yield
+            finally:
+                compiles.finish()
+    finally:
+        function.run = run
 
 
 def _sort(value: Any) -> Any:
@@ -57,3 +64,66 @@ def _sort(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     return type(value), value
+
+
+class _Compiles(Executor):
+    """Keeps what it is given until ``finish``."""
+
+    def __init__(self) -> None:
+        self._jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, job: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        """Take one compile."""
+        future: Future[Any] = Future()
+        self._jobs.append((future, job))
+        return future
+
+    def finish(self) -> None:
+        """Compile in copies of the process; then take all from the disk's cache."""
+        _run_in_copies([job for _, job in self._jobs])
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for future, job in self._jobs:
+                pool.submit(_fulfil, future, job)
+
+
+def _fulfil(future: Future[Any], job: Callable[[], Any]) -> None:
+    try:
+        future.set_result(job())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _run_in_copies(jobs: Sequence[Callable[[], Any]]) -> None:
+    """Run jobs for what they leave on the disk; what fails there is left undone."""
+    count = min(os.cpu_count() or 1, len(jobs))
+    if count < 2 or not hasattr(os, "fork"):
+        return
+    with warnings.catch_warnings():
+        # Threads do not survive in a copy. None of them compiles, so no lock of the compiler
+        # is held; and a copy asks nothing of the device.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        copies = [_start_copy(jobs[place::count]) for place in range(count)]
+    deadline = time.monotonic() + _PATIENCE_S
+    for copy in copies:
+        _await_copy(copy, deadline)
+
+
+def _start_copy(jobs: Sequence[Callable[[], Any]]) -> int:
+    copy = os.fork()
+    if copy:
+        return copy
+    try:
+        for job in jobs:
+            with suppress(BaseException):
+                job()
+    finally:
+        os._exit(0)  # nothing of the original is this copy's to clean up
+
+
+def _await_copy(copy: int, deadline: float) -> None:
+    while os.waitpid(copy, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(copy, signal.SIGKILL)
+            os.waitpid(copy, 0)
+            return
+        time.sleep(0.005)

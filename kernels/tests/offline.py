@@ -37,9 +37,15 @@ def compile_cases(arch: str) -> list[dict]:
 
 
 def _compile(*arguments: str) -> list[dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return run_offline(__file__, *arguments)
+
+
+def run_offline(*arguments: str, **environment: str) -> list[dict]:
+    """Run Python without the interpreter of kernels; the JSON objects that it prints."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = inherited | environment
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if "no offline compiler" in run.stderr:
         pytest.skip(f"missing capability: {run.stderr.strip().splitlines()[-1]}")
@@ -120,12 +126,19 @@ def _run_cases(compiler: _Compiler, arch: str) -> None:
             raise
 
 
-def _main(arch: str, module: str = "", code: str = "") -> None:
+def use_offline_driver(arch: str) -> None:
+    """Compile for an architecture from now on, in this process."""
     import triton
 
     if "nvidia" not in triton.backends.backends:
         sys.exit(f"no offline compiler for {arch} in triton {triton.__version__}")
     triton.runtime.driver.set_active(_Offline(int(arch.removeprefix("sm_"))))
+
+
+def _main(arch: str, module: str = "", code: str = "") -> None:
+    import triton
+
+    use_offline_driver(arch)
     compiler = _Compiler(triton.runtime.JITFunction.run)
     triton.runtime.JITFunction.run = lambda *args, **options: compiler.launch(*args, **options)
     with contextlib.suppress(BrokenPipeError):

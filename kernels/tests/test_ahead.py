@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import triton
+from kernels.tests.offline import run_offline
 from triton.runtime import JITFunction
 
+from bedplate_triton import ahead
 from bedplate_triton.ahead import compile_ahead
 
 
@@ -42,3 +46,36 @@ def test_launches_run_again_afterwards(compiled):
     with pytest.raises(ValueError, match="of the pass"), compile_ahead():
         raise ValueError("of the pass")
     assert triton.runtime.JITFunction.run is before
+
+
+SHARED = """
+import json, triton
+from kernels.tests.offline import use_offline_driver
+
+use_offline_driver("sm_90")
+import torch
+from bedplate_triton.ahead import compile_ahead
+from bedplate_triton.gated import act_and_mul
+from bedplate_triton.features import Features
+
+found = []
+triton.knobs.compilation.listener = lambda cache_hit, **_: found.append(cache_hit)
+with compile_ahead():
+    for act in ("silu", "gelu", "relu", "relu2"):
+        act_and_mul(torch.empty((3, 64), device="meta"), act, features=Features())
+print(json.dumps({"found": found}))
+"""
+
+
+def test_copies_of_the_process_compile(tmp_path):
+    """What they leave on the disk is found there, every kernel of it."""
+    said = run_offline("-c", SHARED, TRITON_CACHE_DIR=str(tmp_path))
+    assert len(said) == 1  # copies say nothing
+    assert said[0]["found"] == [True] * 4
+
+
+def test_a_stuck_copy_is_given_up(monkeypatch):
+    monkeypatch.setattr(ahead, "_PATIENCE_S", 0.2)
+    begin = time.monotonic()
+    ahead._run_in_copies([lambda: time.sleep(30)] * 2)
+    assert time.monotonic() - begin < 5
