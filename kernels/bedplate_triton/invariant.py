@@ -28,6 +28,7 @@ from bedplate_triton.sizes import cdiv
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bedplate.reference.ops import PartialProduct
     from bedplate_triton.features import Features
 
 _GROUP = 8
@@ -37,7 +38,12 @@ _WHOLE = 128
 
 
 def invariant_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, features: Features
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    finish: bool = True,  # noqa: ARG001 - it always is whole
+    *,
+    features: Features,
 ) -> Tensor:
     """See ``bedplate.reference.ops.linear``; one launch, nothing waits.
 
@@ -45,6 +51,7 @@ def invariant_linear(
         x: ``[…, E]``.
         weight: ``[N, E]`` in the dtype of ``x``, adjacent features, any step from row to row.
         bias: ``[N]``, or ``None``.
+        finish: Not asked: the result is always whole.
         features: The device.
 
     Returns:
@@ -79,7 +86,7 @@ def invariant_linear(
 
 
 def invariant_norm_linear(
-    x: Tensor,
+    x: Tensor | PartialProduct,
     residual: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,

@@ -30,23 +30,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch.nn import functional
 
 from bedplate.errors import ContractError
-from bedplate.reference.ops import ACTIVATIONS, NORM_ORDERS
+from bedplate.reference.ops import ACTIVATIONS, NORM_ORDERS, PartialProduct
 from bedplate_triton import configs
 from bedplate_triton.gated import act_and_mul, activate
 from bedplate_triton.norm import add_norm, weigh
 from bedplate_triton.sizes import cdiv, power_of_two
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from bedplate_triton.features import Features
 
 MAX_GEMV_ROWS = 4
 """Largest M of the form ``gemv``."""
-MAX_SKINNY_ROWS = 64
+MAX_SKINNY_ROWS = 128
 """Largest M of the form ``skinny``."""
 
 _HELD_BYTES = 256
@@ -66,14 +65,20 @@ class _Norm(NamedTuple):
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, features: Features
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    finish: bool = True,
+    *,
+    features: Features,
+) -> Tensor | PartialProduct:
     """See ``bedplate.reference.ops.linear``; sums are float32 and round once, bias included.
 
     Args:
         x: ``[…, E]``, a float of at most 32 bits; rows may lie apart.
         weight: ``[N, E]`` in the dtype of ``x``; rows may lie apart.
         bias: ``[N]`` in the same dtype, or ``None``.
+        finish: Whether the result must be whole.
         features: The device.
 
     Returns:
@@ -86,11 +91,13 @@ def linear(
     if _is_many(x):
         return functional.linear(x, weight, bias)
     config = _choose(x, weight, features, norm=False, act=False)
+    if not finish and config["form"] == "skinny" and x.numel():
+        return _skinny_parts(x, weight, bias, None, config, features)
     return _project(x, weight, bias, None, config, features)
 
 
 def norm_linear(
-    x: Tensor,
+    x: Tensor | PartialProduct,
     residual: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -105,7 +112,7 @@ def norm_linear(
     """See ``bedplate.reference.ops.norm_linear``; rounds where that rounds.
 
     Args:
-        x: ``[…, E]``, a float of at most 32 bits; rows may lie apart.
+        x: ``[…, E]``, a float of at most 32 bits; rows may lie apart. Or a product in parts.
         residual: The same, or ``None`` where nothing is added.
         norm_weight: ``[E]``, or ``None`` for an order that takes none.
         norm_bias: ``[E]`` for ``layer_norm``, or ``None``.
@@ -122,8 +129,13 @@ def norm_linear(
     Raises:
         ContractError: Shapes, order and activation do not fit each other.
     """
-    _check(x, weight, bias, act)
     before = (residual, norm_weight, norm_bias, eps, order)
+    if isinstance(x, PartialProduct):
+        normed, total = add_norm(x, *before, features=features)
+        _check(normed, weight, bias, act)
+        config = _choose(normed, weight, features, norm=True, act=act is not None)
+        return _project(normed, weight, bias, act, config, features), total
+    _check(x, weight, bias, act)
     if _is_many(x):
         normed, total = add_norm(x, *before, features=features)
         return _by_torch(normed, weight, bias, act, features), total
@@ -298,34 +310,57 @@ def _skinny_rows(
     config: dict[str, Any],
     features: Features,
 ) -> Tensor:
-    """Launch ``_skinny``, and ``_add_splits`` where it has several."""
-    n, size = weight.shape
+    """The form ``skinny``, its parts added."""
+    product = _skinny_parts(x, weight, bias, act, config, features)
+    if isinstance(product, Tensor):
+        return product
+    n = weight.shape[0]
     outputs, least = (n, 1) if act is None else (n // 2, 2)
     out = x.new_empty((*x.shape[:-1], outputs))
+    splits, count = product.parts.shape[0], out.numel() // outputs
+    columns = min(_ADD_COLUMNS, power_of_two(n))
+    _add_splits[(cdiv(outputs, columns // least), count)](
+        product.parts, product.bias, out, count, N=n, SPLITS=splits, BLOCK_N=columns, ACT=act,
+        num_warps=2, **features.chain.arguments(),
+    )  # fmt: skip
+    return out
+
+
+def _skinny_parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str | None,
+    config: dict[str, Any],
+    features: Features,
+) -> Tensor | PartialProduct:
+    """Launch ``_skinny``: all of it, or the parts before bias and activation."""
+    n, size = weight.shape
+    outputs, least = (n, 1) if act is None else (n // 2, 2)
     rows, x_row = _as_rows(x)
     count = rows.shape[0]
     padded = max(16, power_of_two(count))
     width, depth, splits = config["block_n"], config["block_k"], config["splits"]
     splits = min(splits, cdiv(size, depth))
-    partial = None
-    if splits > 1:
-        partial = torch.empty((splits, count, n), dtype=torch.float32, device=x.device)
-    stages = features.shared_bytes // ((width + padded) * depth * x.element_size())
     bias = None if bias is None else bias.contiguous()
+    out = parts = None
+    if splits > 1:
+        shape = (splits, *x.shape[:-1], n)
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    else:
+        out = x.new_empty((*x.shape[:-1], outputs))
+    stages = features.shared_bytes // ((width + padded) * depth * x.element_size())
     _skinny[(cdiv(outputs, width // least), splits)](
-        rows, weight, bias, out, partial, count, x_row, weight.stride(0),
+        rows, weight, bias, out, parts, count, x_row, weight.stride(0),
         N=n, E=size, BLOCK_M=padded, BLOCK_N=width, BLOCK_K=depth, SPLITS=splits,
         SWAP=config["swap"], EARLY=config["early"], ACT=act, EVICT=config["evict"],
         num_warps=config["num_warps"],
         num_stages=max(1, min(config["num_stages"], stages - config["early"])),
         **features.chain.arguments(),
     )  # fmt: skip
-    if partial is not None:
-        columns = min(_ADD_COLUMNS, power_of_two(n))
-        _add_splits[(cdiv(outputs, columns // least), count)](
-            partial, bias, out, count, N=n, SPLITS=splits, BLOCK_N=columns, ACT=act,
-            num_warps=2, **features.chain.arguments(),
-        )  # fmt: skip
+    if parts is not None:
+        return PartialProduct(parts=parts, bias=bias, dtype=x.dtype)
+    assert out is not None
     return out
 
 

@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from bedplate.errors import ContractError
-from bedplate.reference.ops import NORM_ORDERS, RMS_NORM_ORDERS
+from bedplate.reference.ops import NORM_ORDERS, RMS_NORM_ORDERS, PartialProduct
 from bedplate_triton import configs
 from bedplate_triton.sizes import cdiv, power_of_two
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import Tensor
 
     from bedplate_triton.features import Features
 
@@ -62,7 +61,7 @@ def rms_norm(
 
 
 def add_norm(
-    x: Tensor,
+    x: Tensor | PartialProduct,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -74,7 +73,7 @@ def add_norm(
     """See ``bedplate.reference.ops.add_norm``; one launch, nothing waits.
 
     Args:
-        x: ``[…, E]``, as in ``rms_norm``.
+        x: ``[…, E]``, as in ``rms_norm``; or a product in parts, which are added on the way.
         residual: The same shape and dtype, copied first unless contiguous; or ``None``.
         weight: ``[E]``, any float; ``None`` for the order ``no_weight``, and allowed for
             ``layer_norm``.
@@ -85,7 +84,8 @@ def add_norm(
 
     Returns:
         The norm of the sum, and the sum, both in the dtype of ``x``, new and contiguous.
-        Without a residual the sum is ``x`` itself, and nothing is written for it.
+        Without a residual the sum is ``x`` itself, and nothing is written for it; of parts it
+        is always new.
 
     Raises:
         ContractError: As ``rms_norm``, or a residual or bias that does not fit.
@@ -97,11 +97,14 @@ def add_norm(
             f"{list(x.shape)} {x.dtype}; pass the same shape and dtype"
         )
     out, total = _launch(x, residual, weight, bias, eps, order, features)
-    return out, x if total is None else total
+    if total is None:
+        assert isinstance(x, Tensor)  # what parts add up to is written
+        total = x
+    return out, total
 
 
 def _launch(
-    x: Tensor,
+    x: Tensor | PartialProduct,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -109,20 +112,23 @@ def _launch(
     order: str,
     features: Features,
 ) -> tuple[Tensor, Tensor | None]:
-    size = x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(out)
+    shape, dtype, size = x.shape, x.dtype, x.shape[-1]
+    splits, x_bias = 0, None
+    if isinstance(x, PartialProduct):
+        splits, x_bias, x = x.parts.shape[0], x.bias, x.parts
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    total = None if residual is None and not splits else torch.empty_like(out)
     if out.numel() == 0:
         return out, total
-    x, runs = _runs(x)
+    x, runs = (x, [(out.numel() // size, size)]) if splits else _runs(x)
     # Without a run its step is never taken; E has the alignment that other calls have.
     (outer, outer_step), (inner, inner_step) = [(1, size)] * (2 - len(runs)) + runs
     config = configs.choose("norm", features, size=size)
     tile = config["rows"]
     _norm_rows[(cdiv(outer * inner, tile),)](
-        x, _contiguous(residual), _contiguous(weight), _contiguous(bias), out, total, eps,
-        outer * inner, inner, outer_step, inner_step,
-        order=order, size=size, inverse_size=1.0 / size, tile=tile,
+        x, x_bias, _contiguous(residual), _contiguous(weight), _contiguous(bias), out, total,
+        eps, outer * inner, inner, outer_step, inner_step,
+        order=order, size=size, inverse_size=1.0 / size, splits=splits, tile=tile,
         block=power_of_two(size),
         num_warps=config["num_warps"], enable_fp_fusion=False, **features.chain.arguments(),
     )  # fmt: skip
@@ -197,11 +203,14 @@ def weigh(normed, scale, order: tl.constexpr, dtype: tl.constexpr):
 # Counts of rows change from step to step: specialised, they would compile while serving.
 @triton.jit(do_not_specialize=["num_rows", "inner"])
 def _norm_rows(
-    x, residual, weight, bias, out, total, eps, num_rows, inner, outer_step, inner_step,
-    order: tl.constexpr, size: tl.constexpr, inverse_size: tl.constexpr,
+    x, x_bias, residual, weight, bias, out, total, eps, num_rows, inner, outer_step, inner_step,
+    order: tl.constexpr, size: tl.constexpr, inverse_size: tl.constexpr, splits: tl.constexpr,
     tile: tl.constexpr, block: tl.constexpr, WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
-    """Norm ``tile`` rows; row r of ``x`` starts at its two steps' multiples."""
+    """Norm ``tile`` rows; row r of ``x`` starts at its two steps' multiples.
+
+    With ``splits`` ``x`` is so many tables of float32, whose sum and ``x_bias`` it stands for.
+    """
     RELEASE()
     dtype: tl.constexpr = out.dtype.element_ty
     row = (tl.program_id(0) * tile + tl.arange(0, tile))[:, None]
@@ -213,13 +222,22 @@ def _norm_rows(
         shift = tl.load(bias + column, mask=column < size, other=0.0)
     start = (row // inner).to(tl.int64) * outer_step + (row % inner).to(tl.int64) * inner_step
     place = row.to(tl.int64) * size + column
+    if x_bias is not None:
+        x_shift = tl.load(x_bias + column, mask=column < size, other=0.0)
     WAIT()
     wide = tl.load(x + start + column, mask=fits, other=0.0).to(tl.float32)
+    if splits > 0:
+        for split in tl.static_range(1, splits):
+            table = (split * num_rows).to(tl.int64) * size
+            wide += tl.load(x + table + start + column, mask=fits, other=0.0)
+        if x_bias is not None:
+            wide += x_shift.to(tl.float32)
+        wide = wide.to(dtype).to(tl.float32)
     if residual is not None:
         wide += tl.load(residual + place, mask=fits, other=0.0).to(tl.float32)
-        narrow = wide.to(dtype)
-        tl.store(total + place, narrow, mask=fits)
-        wide = narrow.to(tl.float32)
+        wide = wide.to(dtype).to(tl.float32)
+    if total is not None:
+        tl.store(total + place, wide.to(dtype), mask=fits)
     if order == "layer_norm":
         wide -= tl.sum(wide, axis=1, keep_dims=True) * inverse_size
         wide = tl.where(column < size, wide, 0.0)

@@ -11,6 +11,7 @@ from kernels.tests.offline import compile_launches
 
 from bedplate.errors import ContractError
 from bedplate.reference import ops as reference
+from bedplate.reference.ops import PartialProduct
 from bedplate_triton import configs, linear
 from bedplate_triton.cases import relative_error
 from bedplate_triton.features import Features
@@ -90,6 +91,37 @@ def test_a_row_has_the_same_bits_in_every_batch(values, given, sized):
     x, weight = given["x"], given["weight"]
     alone = [linear.linear(row, weight, features=FEATURES) for row in x]
     assert torch.equal(linear.linear(x, weight, features=FEATURES), torch.stack(alone))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_that_a_norm_adds_make_the_same_bits(dtype, bias, residual, given, sized):
+    sized(SKINNY | {"splits": 3})
+    given = {name: tensor.to(dtype) for name, tensor in given.items()}
+    x, weight = given["x"], given["weight"]
+    own = given["bias"] if bias else None
+    stream = torch.ones((3, 14), dtype=dtype, device=x.device) if residual else None
+    norm, second = weight[:, 0].contiguous(), weight[:, :14].contiguous()
+    rest = (stream, norm, None, 1e-6, "weight_fp32", second)
+
+    whole = linear.linear(x, weight, own, features=FEATURES)
+    parts = linear.linear(x, weight, own, finish=False, features=FEATURES)
+    assert isinstance(parts, PartialProduct)
+    assert parts.parts.shape == (3, 3, 14)
+    assert torch.equal(parts.whole(), whole)
+    want = linear.norm_linear(whole, *rest, features=FEATURES)
+    got = linear.norm_linear(parts, *rest, features=FEATURES)
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(got[0], want[0])
+    both = (reference.norm_linear(product, *rest) for product in (whole, parts))
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+def test_what_is_not_split_is_whole(given, sized):
+    sized(SKINNY)
+    product = linear.linear(given["x"], given["weight"], finish=False, features=FEATURES)
+    assert isinstance(product, torch.Tensor)
 
 
 def test_the_sum_is_new_storage_and_inputs_stay(given):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bedplate.batch.forward_batch import ForwardBatch
     from bedplate.contract.attention import AttentionBackend, AttentionCallSpec
     from bedplate.contract.memory import KVPool
+    from bedplate.reference.ops import PartialProduct
 
 _ATTRIBUTE = "_bedplate_bridge"
 
@@ -45,23 +46,24 @@ class StepContext:
         attention: The backend that attends.
         kv_pool: Where a fused form may write keys and values itself; ``None`` = nowhere.
         cursor: Attention calls made so far.
-        deferred: A layer's last output and the residual it was not yet added to; the next
-            layer recognises the output by identity, and adds while it norms.
+        deferred: What a layer returned, and two that are still to be added: a part, perhaps a
+            product in parts, and the stream. Who reads the layer recognises what it returned
+            by identity, and adds while it norms.
     """
 
     batch: ForwardBatch
     attention: AttentionBackend
     kv_pool: KVPool | None = None
     cursor: int = 0
-    deferred: tuple[Tensor, Tensor] | None = None
+    deferred: tuple[Tensor, Tensor | PartialProduct, Tensor] | None = None
 
-    def take_residual(self, x: Tensor) -> Tensor | None:
-        """What is still to be added to ``x``; once."""
+    def take_deferred(self, x: Tensor) -> tuple[Tensor | PartialProduct, Tensor | None]:
+        """The part and the stream that ``x`` stands for, once; else ``x`` and ``None``."""
         deferred = self.deferred
         if deferred is None or deferred[0] is not x:
-            return None
+            return x, None
         self.deferred = None
-        return deferred[1]
+        return deferred[1:]
 
 
 class AttentionBridge:

@@ -14,6 +14,7 @@ __all__ = [
     "NORM_ORDERS",
     "OPERATIONS",
     "RMS_NORM_ORDERS",
+    "PartialProduct",
     "act_and_mul",
     "add_norm",
     "linear",
@@ -21,6 +22,7 @@ __all__ = [
     "rms_norm",
 ]
 
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -55,6 +57,33 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 """Name of every activation → its meaning; it rounds to the dtype of its input."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PartialProduct:
+    """A product whose summands are still apart, for a norm that adds them on its way.
+
+    Attributes:
+        parts: ``[S, …, N]`` float32, contiguous.
+        bias: ``[N]`` or ``None``.
+        dtype: That of the product.
+    """
+
+    parts: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[…, N]``."""
+        return self.parts.shape[1:]
+
+    def whole(self) -> Tensor:
+        """``[…, N]``: the parts added in their order, then the bias, then rounded."""
+        total = self.parts[0]
+        for part in self.parts[1:]:
+            total = total + part
+        return (total if self.bias is None else total + self.bias.float()).to(self.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, order: str) -> Tensor:
     """Root-mean-square norm over the last dimension, computed in float32.
 
@@ -78,7 +107,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, order: str) -> Tensor
 
 
 def add_norm(
-    x: Tensor,
+    x: Tensor | PartialProduct,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -88,7 +117,7 @@ def add_norm(
     """Add, round, and norm the sum.
 
     Args:
-        x: ``[…, E]``.
+        x: ``[…, E]``, or a product still in parts.
         residual: The same, or ``None`` where nothing is added.
         weight: ``[E]``, or ``None``.
         bias: ``[E]`` for ``layer_norm``, or ``None``.
@@ -99,14 +128,29 @@ def add_norm(
         The norm of the sum, and the sum in the dtype of ``x`` (``x`` itself without a
         residual).
     """
+    if isinstance(x, PartialProduct):
+        x = x.whole()
     total = x if residual is None else residual + x
     if order == "layer_norm":
         return functional.layer_norm(total, total.shape[-1:], weight, bias, eps), total
     return rms_norm(total, weight, eps, order), total
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``; ``weight`` is ``[out, in]``."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, finish: bool = True
+) -> Tensor | PartialProduct:
+    """``x @ weight.T + bias``.
+
+    Args:
+        x: ``[…, E]``.
+        weight: ``[N, E]``.
+        bias: ``[N]`` or ``None``.
+        finish: False where ``add_norm`` or ``norm_linear`` comes next: the product may then
+            be left in parts.
+
+    Returns:
+        ``[…, N]``.
+    """
     return functional.linear(x, weight, bias)
 
 
@@ -117,7 +161,7 @@ def act_and_mul(x: Tensor, act: str) -> Tensor:
 
 
 def norm_linear(
-    x: Tensor,
+    x: Tensor | PartialProduct,
     residual: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -130,7 +174,7 @@ def norm_linear(
     """``add_norm``, then ``linear``, then with ``act`` also ``act_and_mul``.
 
     Args:
-        x: ``[…, E]``.
+        x: As in ``add_norm``.
         residual: As in ``add_norm``.
         norm_weight: As ``weight`` in ``add_norm``.
         norm_bias: As ``bias`` in ``add_norm``.
@@ -144,7 +188,7 @@ def norm_linear(
         ``[…, N]`` (``[…, N / 2]`` with ``act``), and the sum as ``add_norm`` gives it.
     """
     normed, total = add_norm(x, residual, norm_weight, norm_bias, eps, order)
-    out = linear(normed, weight, bias)
+    out = functional.linear(normed, weight, bias)
     return (out if act is None else act_and_mul(out, act)), total
 
 

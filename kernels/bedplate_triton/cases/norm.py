@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bedplate.reference import ops as reference
+from bedplate.reference.ops import PartialProduct
 from bedplate_triton import norm
 from bedplate_triton.cases import Case, Inputs
 
@@ -50,6 +51,15 @@ def _make(
     }
 
 
+def _make_parts(device: torch.device, seed: int, *, splits: int, **facts: Any) -> Inputs:
+    """What is normed, as parts of a product; their sum with the bias is much like it."""
+    inputs = _make(device, seed, **facts)
+    x = inputs["x"]
+    parts = torch.stack([x.float() / splits] * splits)
+    product = PartialProduct(parts=parts, bias=inputs["weight"], dtype=x.dtype)
+    return inputs | {"x": product}
+
+
 def _make_heads(device: torch.device, seed: int, *, tokens: int, order: str) -> Inputs:
     """Heads of keys as they lie in a packed projection."""
     inputs = _make(device, seed, shape=(tokens, 10 * 48), order=order, residual=False)
@@ -74,11 +84,11 @@ def _rms_norm_reference(inputs: Inputs) -> tuple[Tensor, ...]:
     return (reference.rms_norm(**inputs),)
 
 
-def _case(name: str, **facts: Any) -> Case:
+def _case(name: str, make: Any = _make, **facts: Any) -> Case:
     return Case(
         op="add_norm",
         name=name,
-        make=partial(_make, **facts),
+        make=partial(make, **facts),
         run=_add_norm,
         reference=_add_norm_reference,
         tolerance=_ROUNDING,
@@ -119,6 +129,15 @@ CASES = (
     _case("weight in float32, one row", shape=(1, 1000), order="weight_fp32"),
     _case("no weight", shape=(5, 33), order="no_weight", affine=""),
     _case("nothing to add", shape=(3, 96), order="weight_fp32", residual=False),
+    _case("a product in parts", _make_parts, splits=4, shape=(3, 96), order="weight_fp32"),
+    _case(
+        "parts alone",
+        _make_parts,
+        splits=2,
+        shape=(2, 160),
+        order="weight_fp32",
+        residual=False,
+    ),
     _case("layer norm", shape=(3, 300), order="layer_norm", affine="weight, bias"),
     _case("layer norm without a bias", shape=(9, 48), order="layer_norm"),
     _case("layer norm alone", shape=(1, 96), order="layer_norm", residual=False, affine=""),

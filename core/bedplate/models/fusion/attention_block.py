@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from bedplate.models.fusion.norm import NormedInput, NormSite
     from bedplate.models.fusion.site import Providers
     from bedplate.models.fusion.trial import Attended, Trial
+    from bedplate.reference.ops import PartialProduct
     from bedplate.reference.rope import RopeTable
 
 
@@ -119,21 +120,25 @@ class AttentionForm:
         self._norm_linear = providers["norm_linear"].call
         self._turn = providers["qk_norm_rope_write"].call
 
-    def run(self, x: Tensor) -> Tensor:
-        """``[1, T, C]`` → ``[1, T, C]``."""
-        return self._finish(self._linear(x, self.merged.weight, self.merged.bias))
+    def run(self, x: Tensor, finish: bool = True) -> Any:
+        """``[1, T, C]`` → ``[1, T, C]``; unless ``finish``, perhaps a product in parts."""
+        return self._attend(self._linear(x, self.merged.weight, self.merged.bias), finish)
 
     def run_normed(
-        self, x: Tensor, residual: Tensor | None, norm: NormedInput
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor | PartialProduct,
+        residual: Tensor | None,
+        norm: NormedInput,
+        finish: bool = True,
+    ) -> tuple[Any, Tensor]:
         """The block of the norm of ``x + residual``, and that sum."""
         product, total = self._norm_linear(
             x, residual, norm.weight, norm.bias, norm.eps, norm.order,
             self.merged.weight, self.merged.bias,
         )  # fmt: skip
-        return self._finish(product), total
+        return self._attend(product, finish), total
 
-    def _finish(self, product: Tensor) -> Tensor:
+    def _attend(self, product: Tensor, finish: bool) -> Any:
         step, call = self._bridge.next_call(self._module)
         batch, pool = step.batch, step.kv_pool
         rows = product.view(-1, product.shape[-1])
@@ -147,8 +152,7 @@ class AttentionForm:
             self._turn(q, k, v, batch.positions, rope, norm)
             out = step.attention.forward(q, k, v, call, batch, sinks=self._sinks)
         flat = out.reshape(*product.shape[:-1], -1)
-        result: Tensor = self._linear(flat, self._output.weight, self._output.bias)
-        return result
+        return self._linear(flat, self._output.weight, self._output.bias, finish)
 
 
 def find_attention_blocks(

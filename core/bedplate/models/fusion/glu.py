@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bedplate.models.fusion.calls import Call
     from bedplate.models.fusion.norm import NormedInput
     from bedplate.models.fusion.site import Providers
+    from bedplate.reference.ops import PartialProduct
 
 
 class GluForm:
@@ -50,21 +51,28 @@ class GluForm:
     def run(self, x: Tensor) -> Tensor:
         """``[…, C]`` → ``[…, C]``."""
         product = self._linear(x, self.merged.weight, self.merged.bias)
-        return self._finish(self._act_and_mul(product, self._act))
+        out: Tensor = self._down_of(self._act_and_mul(product, self._act), finish=True)
+        return out
 
     def run_normed(
-        self, x: Tensor, residual: Tensor | None, norm: NormedInput
-    ) -> tuple[Tensor, Tensor]:
-        """The block of the norm of ``x + residual``, and that sum."""
+        self,
+        x: Tensor | PartialProduct,
+        residual: Tensor | None,
+        norm: NormedInput,
+        finish: bool = True,
+    ) -> tuple[Any, Tensor]:
+        """The block of the norm of ``x + residual``, and that sum.
+
+        The block's result is perhaps a product in parts, unless ``finish``.
+        """
         inner, total = self._norm_linear(
             x, residual, norm.weight, norm.bias, norm.eps, norm.order,
             self.merged.weight, self.merged.bias, self._act,
         )  # fmt: skip
-        return self._finish(inner), total
+        return self._down_of(inner, finish), total
 
-    def _finish(self, inner: Tensor) -> Tensor:
-        out: Tensor = self._linear(inner, self._down.weight, self._down.bias)
-        return out
+    def _down_of(self, inner: Tensor, finish: bool) -> Any:
+        return self._linear(inner, self._down.weight, self._down.bias, finish)
 
 
 def find_glus(calls: Sequence[Call]) -> list[GluSite]:

@@ -224,15 +224,17 @@ class LayerSite(Site):
         Shadow.remove(self.call.module)
 
     def _sequential(self, *args: Any, **kwargs: Any) -> Any:
-        """``[1, T, C]`` → ``[1, T, C]``, or the last summand where the reader adds."""
+        """``[1, T, C]`` → ``[1, T, C]``, or its stream where the reader adds the rest."""
         form = self.form
+        last = self._deferred and form.after_block is None
         a, h = self._attend(_input(args, kwargs))
         a = self._scaled(a, form.after_attention)
         if form.between is None:
             h = h + a
             m = self._run_block(h)
         elif self._block is not None and self._block.form is not None:
-            m, h = self._block.form.run_normed(a, h, form.between)
+            finish = not last or form.factor != 1.0
+            m, h = self._block.form.run_normed(a, h, form.between, finish)
         else:
             normed, h = _apply(self._add_norm, a, h, form.between)
             m = self._run_block(normed)
@@ -241,8 +243,7 @@ class LayerSite(Site):
     def _parallel(self, *args: Any, **kwargs: Any) -> Any:
         """As ``_sequential``, for layers whose two parts read the same."""
         form, attention = self.form, self._attention.form
-        x = _input(args, kwargs)
-        residual = self._bridge.current.take_residual(x)
+        x, residual = self._bridge.current.take_deferred(_input(args, kwargs))
         assert form.before is not None  # a parallel form has it
         assert attention is not None
         normed, x = _apply(self._add_norm, x, residual, form.before)
@@ -251,16 +252,18 @@ class LayerSite(Site):
             normed, _ = _apply(self._add_norm, x, None, form.between)
         return self._leave(a + self._run_block(normed), x)
 
-    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend(self, x: Tensor) -> tuple[Any, Tensor]:
         """Attention's result, and the stream before it."""
-        attention, norm = self._attention.form, self.form.before
+        attention, form = self._attention.form, self.form
         assert attention is not None
-        residual = self._bridge.current.take_residual(x)
-        if norm is None:
-            return attention.run(x), x
-        return attention.run_normed(x, residual, norm)
+        normed_next = form.after_attention is not None or form.between is not None
+        finish = not normed_next or (form.after_attention is None and form.factor != 1.0)
+        if form.before is None:
+            return attention.run(x, finish), x
+        part, residual = self._bridge.current.take_deferred(x)
+        return attention.run_normed(part, residual, form.before, finish)
 
-    def _scaled(self, part: Tensor, norm: NormedInput | None) -> Tensor:
+    def _scaled(self, part: Any, norm: NormedInput | None) -> Any:
         if norm is not None:
             part, _ = _apply(self._add_norm, part, None, norm)
         return part if self.form.factor == 1.0 else part * self.form.factor
@@ -270,11 +273,16 @@ class LayerSite(Site):
         part: Tensor = out[0] if isinstance(out, tuple) else out
         return part
 
-    def _leave(self, part: Tensor, stream: Tensor) -> Any:
-        """The sum, or the part alone where the reader will add."""
-        if self.reader is not None and self.reader.adds_residual:
-            self._bridge.current.deferred = (part, stream)
-            out = part
+    @property
+    def _deferred(self) -> bool:
+        """Whether the reader adds the last sum."""
+        return self.reader is not None and self.reader.adds_residual
+
+    def _leave(self, part: Any, stream: Tensor) -> Any:
+        """The sum; or the stream, where the reader will add."""
+        if self._deferred:
+            self._bridge.current.deferred = (stream, part, stream)
+            out = stream
         else:
             out = stream + part
         return (out,) if isinstance(self.call.output, tuple) else out
@@ -344,8 +352,8 @@ class FinalNormSite(Site):
             self._before.put(self._call.module)
 
     def _forward(self, x: Tensor) -> Tensor:
-        residual = self._bridge.current.take_residual(x)
-        normed, _ = _apply(self._add_norm, x, residual, self._norm)
+        part, residual = self._bridge.current.take_deferred(x)
+        normed, _ = _apply(self._add_norm, part, residual, self._norm)
         return normed
 
 

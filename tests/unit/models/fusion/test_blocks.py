@@ -17,7 +17,7 @@ from bedplate.models.fusion.trial import Trial
 from bedplate.models.probe import probe
 from bedplate.models.weights import WeightIndex, update_weights_from_tensor
 from bedplate.reference import ops as reference
-from bedplate.reference.ops import OPERATIONS
+from bedplate.reference.ops import OPERATIONS, PartialProduct
 from bedplate.reference.rope import qk_norm_rope_write
 from bedplate.registry.decisions import DecisionLog
 from bedplate.registry.ops import Operations
@@ -204,6 +204,34 @@ def test_a_kernel_that_is_wrong_for_one_row_is_found():
     want = bench.logits(1)
     assert "layer" not in bench.fuse().counts()
     assert difference(bench.logits(1), want) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "a_layer"),
+    [
+        ("qwen3", 2),  # both products of a layer go into the norm behind them
+        ("gemma2", 1),  # the second one is normed, but whole
+        ("olmo2", 1),
+        ("granite", 0),  # multiplied by a factor before
+        ("phi", 0),  # added to each other before
+    ],
+)
+def test_products_are_left_in_parts_where_a_norm_adds_them(name, a_layer):
+    def linear(x, weight, bias=None, finish=True):
+        if finish:
+            return reference.linear(x, weight, bias)
+        unfinished.append(x)
+        halves = zip(x.chunk(2, -1), weight.chunk(2, -1), strict=True)
+        parts = torch.stack([reference.linear(*half).float() for half in halves])
+        return PartialProduct(parts=parts, bias=bias, dtype=x.dtype)
+
+    unfinished = []
+    bench = Bench(name, linear=linear)
+    want = bench.logits()
+    assert bench.fuse().counts()["layer"] == bench.model.spec.num_layers
+    unfinished.clear()
+    assert difference(bench.logits(), want) <= 1e-5
+    assert len(unfinished) == a_layer * bench.model.spec.num_layers
 
 
 def test_updates_reach_the_merged_matrices():
