@@ -41,7 +41,7 @@ def invariant_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    finish: bool = True,  # noqa: ARG001 - it always is whole
+    finish: bool = True,
     *,
     features: Features,
 ) -> Tensor:

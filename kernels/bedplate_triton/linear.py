@@ -227,7 +227,7 @@ def _choose(
             f"the configuration of linear says form '{config['form']}' for {rows} rows; forms "
             f"are gemv up to {MAX_GEMV_ROWS} rows, skinny up to {MAX_SKINNY_ROWS}, and torch"
         )
-    return config | {"m": rows}
+    return {**config, "m": rows}
 
 
 def _project(

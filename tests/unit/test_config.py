@@ -14,7 +14,8 @@ WRONG = {
     "model": "", "tokenizer": 5, "backend": "", "attention": True, "dtype": "b f",
     "kv_dtype": None, "page_size": 0, "max_context_len": -1, "max_running_requests": 1.5,
     "max_total_tokens": True, "mem_fraction": 1.5, "chunked_prefill_tokens": None,
-    "mixed": 1, "deterministic": 0, "prefix_cache": None, "graphs": "yes", "capture_sizes": (4, 2), "fusion": "all",
+    "mixed": 1, "deterministic": 0, "prefix_cache": None, "graphs": "yes",
+    "capture_sizes": (4, 2), "fusion": "all",
     "load_format": "pickle", "overlap": 1, "seed": -1, "trust_remote_code": "no", "debug": 0,
     "backend_options": {"cpu": 1},
 }  # fmt: skip

@@ -137,16 +137,19 @@ def add_norm(
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, finish: bool = True
-) -> Tensor | PartialProduct:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    finish: bool = True,
+) -> Tensor:
     """``x @ weight.T + bias``.
 
     Args:
         x: ``[…, E]``.
         weight: ``[N, E]``.
         bias: ``[N]`` or ``None``.
-        finish: False where ``add_norm`` or ``norm_linear`` comes next: the product may then
-            be left in parts.
+        finish: False where ``add_norm`` or ``norm_linear`` comes next: a kernel may then leave
+            the product in parts, as a ``PartialProduct``.
 
     Returns:
         ``[…, N]``.

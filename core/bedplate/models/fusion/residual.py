@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bedplate.models.fusion.glu import GluSite
     from bedplate.models.fusion.norm import NormedInput, NormSite
     from bedplate.models.fusion.site import Providers
+    from bedplate.reference.ops import PartialProduct
 
 
 class Reader(Protocol):
@@ -427,7 +428,7 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _apply(
-    operation: Any, x: Tensor, residual: Tensor | None, norm: NormedInput
+    operation: Any, x: Tensor | PartialProduct, residual: Tensor | None, norm: NormedInput
 ) -> tuple[Tensor, Tensor]:
     made: tuple[Tensor, Tensor] = operation(
         x, residual, norm.weight, norm.bias, norm.eps, norm.order
