@@ -122,17 +122,22 @@ def run_mixed(engine: Engine, report: Report, name: str, count: int) -> None:
     )
 
 
-def run_memory(engine: Engine, report: Report, name: str, free_before: int) -> None:
-    """Device memory besides weights and cache, as the driver counts it."""
-    free, _ = torch.cuda.mem_get_info()
-    weights = shapes.parameter_bytes(engine)
+def run_memory(engine: Engine, report: Report, name: str) -> None:
+    """Device memory besides weights and cache, as the driver counts it for the whole device."""
+    free, total = torch.cuda.mem_get_info()
     pool = engine.runner.kv_pool
-    cache = shapes.cell_bytes(engine) * (pool.num_tokens + pool.page_size)
-    other = free_before - free - weights - cache
-    what = f"{name} memory besides weights and cache"
-    report.rows.append({"what": what, "bytes": other})
     runner = engine.runner.graph_runner
-    parts = {"weights": weights, "cache": cache, "graphs": runner.memory_bytes if runner else 0}
+    parts = {
+        "weights": shapes.parameter_bytes(engine),
+        "cache": shapes.cell_bytes(engine) * (pool.num_tokens + pool.page_size),
+    }
+    other = total - free - sum(parts.values())
+    parts |= {
+        "graphs": runner.memory_bytes if runner else 0,
+        "unused by torch": torch.cuda.memory_reserved() - torch.cuda.memory_allocated(),
+    }
+    what = f"{name} memory besides weights and cache"
+    report.rows.append({"what": what, "bytes": other} | parts)
     rest = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
     print(f"{what:44s} {other / 1e9:10.3f} GB  ({rest})", flush=True)
 
@@ -162,10 +167,9 @@ def main() -> None:
     report = Report(measure_ceilings() if device else None)
     print(report.ceilings, flush=True)
     for name in options.shapes:
+        gc.collect()  # the engine before, and what the ceilings were measured with
         if device:
-            gc.collect()  # the engine before, and what the ceilings were measured with
             torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info()[0] if device else 0
         with tempfile.TemporaryDirectory() as folder:
             shapes.write_config(name, Path(folder))
             longest = max(options.context + 160, *(n for case in prompts for n in case), 2100)
@@ -189,7 +193,7 @@ def main() -> None:
             if "mixed" in tests:
                 run_mixed(engine, report, name, options.requests)
             if "memory" in tests and device:
-                run_memory(engine, report, name, free)
+                run_memory(engine, report, name)
             if engine.runner.graph_runner is not None:
                 print(engine.runner.graph_runner.stats, flush=True)
         if options.json is not None:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 MAX_GEMV_ROWS = 4
 """Largest M of the form ``gemv``."""
-MAX_SKINNY_ROWS = 128
+MAX_SKINNY_ROWS = 64
 """Largest M of the form ``skinny``."""
 
 _HELD_BYTES = 256

@@ -149,6 +149,8 @@ class TritonAttention(AttentionBackend):
         keys, values = self._store(k, v, call, batch)
         planned = self._prompts and call.call_id in self._planned
         if planned and k is not None and v is not None:
+            if len(self._prompts) == 1:
+                return _attend_fresh(q, k, v, call.scale)
             out = q.new_empty((q.shape[0], call.num_heads, call.value_dim))
             for rows in self._prompts:
                 out[rows] = _attend_fresh(q[rows], k[rows], v[rows], call.scale)
