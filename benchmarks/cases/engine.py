@@ -108,7 +108,12 @@ def run_prompts(engine: Engine, report: Report, name: str, cases: list[list[int]
 
 
 def run_mixed(engine: Engine, report: Report, name: str, count: int) -> None:
-    """``count`` requests of 100 to 1,024 tokens in and out, all at once."""
+    """``count`` requests of 100 to 1,024 tokens in and out, all at once.
+
+    Graphs that wait for a quiet moment are captured first, as a server does between requests.
+    """
+    while engine.core.idle():
+        pass
     rng = np.random.default_rng(2)
     lengths = rng.integers(100, 1025, size=count).tolist()
     wanted = rng.integers(100, 1025, size=count).tolist()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a device: every case of the kernels, with the sizes and features that it is served with."""
+"""On a device: every case of the kernels, with the sizes and features it is served with."""
 
 from __future__ import annotations
 
