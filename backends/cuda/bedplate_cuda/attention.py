@@ -29,6 +29,7 @@ from bedplate.contract import (
     Support,
 )
 from bedplate_cuda.ops import device_features
+from bedplate_cuda.runtime import NARROW
 from bedplate_triton.decode_attention import choose_splits, decode_attention
 from bedplate_triton.extend_attention import extend_attention
 from bedplate_triton.extend_attention import supports as extend_supports
@@ -71,10 +72,12 @@ class TritonAttention(AttentionBackend):
         self._max_extend_len = 0
         self._prompts: list[slice] = []
         self._invariant = build.deterministic
+        # Of a cache of eight bits every token reads the same, in whole prompts and in chunks.
+        stored_whole = build.kv_pool.dtype == build.dtype and not self._invariant
         self._planned = {
             call.call_id
             for call in build.calls
-            if not self._invariant and _planned_serves(call, build.dtype, device)
+            if stored_whole and _planned_serves(call, build.dtype, device)
         }
         # A decode pass as an extension by one token each, for those who want fixed bits.
         self._ones = torch.ones(build.max_batch_size, dtype=torch.int32, device=device)
@@ -233,8 +236,11 @@ class TritonAttention(AttentionBackend):
 
 
 def _supports(request: AttentionRequest) -> Support:
-    if request.kv_dtype != request.dtype:
-        return Support.no(f"reads keys of the model's {request.dtype}, not {request.kv_dtype}")
+    if request.kv_dtype not in (request.dtype, *NARROW):
+        return Support.no(
+            f"reads keys of the model's {request.dtype} or of {' and '.join(NARROW)}, not "
+            f"{request.kv_dtype}"
+        )
     dtype = getattr(torch, request.dtype)
     for call in request.calls:
         answer = extend_supports(call.head_dim, call.value_dim, dtype)

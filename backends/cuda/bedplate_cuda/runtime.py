@@ -6,7 +6,7 @@ Everything generic is torch's own and inherited; here is taking the device and r
 
 from __future__ import annotations
 
-__all__ = ["CudaRuntime", "capabilities"]
+__all__ = ["NARROW", "CudaRuntime", "capabilities"]
 
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _OLDEST = (8, 0)
 _DTYPES = ("bfloat16", "float16", "float32")
+NARROW = ("float8_e5m2", "float8_e4m3fn")
+"""Torch dtypes of eight bits for the cache; the second from compute capability 8.9 on."""
 
 
 class CudaRuntime(TorchRuntime):
@@ -73,7 +75,7 @@ class CudaRuntime(TorchRuntime):
         torch.mm(square, square)
 
     def rehearsal(self) -> AbstractContextManager[object]:
-        """Launches of Triton's kernels compile them, by many threads."""
+        """Launches of Triton's kernels compile them, by copies of the process."""
         from bedplate_triton.ahead import compile_ahead
 
         return compile_ahead()
@@ -94,11 +96,12 @@ class CudaRuntime(TorchRuntime):
 def capabilities(runtime: DeviceRuntime) -> BackendCapabilities:
     """What the device of an activated runtime can do."""
     properties = torch.cuda.get_device_properties(runtime.device)
+    capability = (properties.major, properties.minor)
     return BackendCapabilities(
         device_type="cuda",
         arch=f"sm_{properties.major}{properties.minor}",
         compute_dtypes=_DTYPES,
-        kv_dtypes=_DTYPES,
+        kv_dtypes=_DTYPES + NARROW[: 2 if capability >= (8, 9) else 1],
         graph=GraphCapabilities(
             supported=True,
             default=True,

@@ -42,11 +42,14 @@ CONTEXT, ROWS = 640, 6
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
 
 
-def build(calls, dtype, lengths):
+def build(calls, dtype, lengths, stored_as=None):
     """Pools whose used slots are random and whose others are NaN, and their table."""
+    stored_as = stored_as or dtype
     runtime = TorchRuntime(DEVICE)
     pages = LayeredKVPool(
-        KVPoolRequest(runtime=runtime, calls=calls, num_tokens=704, page_size=1, dtype=dtype)
+        KVPoolRequest(
+            runtime=runtime, calls=calls, num_tokens=704, page_size=1, dtype=stored_as
+        )
     )
     generator = torch.Generator().manual_seed(7)
     slots = torch.randperm(704, generator=generator).int() + 1
@@ -60,7 +63,7 @@ def build(calls, dtype, lengths):
         for storage in stored if call.alias_of is None else ():
             used = torch.randn((len(mine), *storage.shape[1:]), generator=generator)
             storage.fill_(float("nan"))
-            storage[mine.to(DEVICE)] = used.to(DEVICE, dtype)
+            storage[mine.to(DEVICE)] = used.to(DEVICE, stored_as)
             storage[0] = 0
     return AttentionBuild(
         runtime=runtime,
@@ -117,18 +120,20 @@ def triton(built):
     return TritonAttention(built, features=Features(cores=4))
 
 
-def run(make, call, lengths, fresh, dtype, mode=None):
-    built = build((call,), dtype, lengths)
+def run(make, call, lengths, fresh, dtype, mode=None, stored_as=None):
+    built = build((call,), dtype, lengths, stored_as)
     batch = batch_of(built, lengths, fresh, mode)
     q, k, v, sinks = inputs(call, batch.num_tokens, dtype)
+    if stored_as is not None:  # exactly: how a cast rounds is tested where it is made
+        k, v = (None if x is None else x.to(stored_as).to(dtype) for x in (k, v))
     attention = make(built)
     attention.prepare(batch)
     return attention.forward(q, k, v, call, batch, sinks=sinks)
 
 
-def check(call, lengths, fresh, dtype, mode=None):
-    ours = run(triton, call, lengths, fresh, dtype, mode)
-    theirs = run(ReferenceAttention, call, lengths, fresh, dtype, mode)
+def check(call, lengths, fresh, dtype, mode=None, stored_as=None):
+    ours = run(triton, call, lengths, fresh, dtype, mode, stored_as)
+    theirs = run(ReferenceAttention, call, lengths, fresh, dtype, mode, stored_as)
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
@@ -137,6 +142,13 @@ def check(call, lengths, fresh, dtype, mode=None):
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_equals_the_reference(call, fresh, dtype):
     check(call, LENGTHS, fresh, dtype)
+
+
+@pytest.mark.parametrize("stored_as", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("fresh", FRESH.values(), ids=FRESH.keys())
+@pytest.mark.parametrize("call", ["plain", "sinks", "latent"])
+def test_a_cache_of_eight_bits(call, fresh, stored_as):
+    check(CALLS[call], LENGTHS, fresh, torch.float16, stored_as=stored_as)
 
 
 def test_mixed_pass():
@@ -232,6 +244,8 @@ def test_only_extensions_bind_a_graph_to_host_integers():
         ({"head_dim": 1024}, "float16", "float16", "attn: "),
         ({"causal": False}, "float16", "float16", "later tokens"),
         ({}, "float16", "float32", "not float32"),
+        ({}, "bfloat16", "float8_e4m3fn", None),
+        ({}, "float32", "float8_e5m2", None),
         ({}, "float64", "float64", "float64"),
     ],
 )
