@@ -115,6 +115,7 @@ def capabilities(runtime: DeviceRuntime) -> BackendCapabilities:
             page_sizes=(16, 1, 32, 64),
             index_dtype="int32",
         ),
+        determinism="batch_invariant",  # of what is chosen when it is asked for
         facts={
             "device": properties.name,
             "driver": driver.driver_version() or "unknown",
