@@ -54,6 +54,8 @@ class EngineConfig:
         attention: Name of the attention implementation.
         graphs: Whether passes are recorded and replayed.
         capture_sizes: Request counts to record graphs for, ascending.
+        capture_tokens: Numbers of new tokens to record prompt passes for, ascending; empty for
+            none.
         fusion: How much of a model is replaced by faster forms after proof: ``off`` nothing,
             ``leaf`` sibling linears and norms, ``block`` whole layers where they are known.
         load_format: ``auto``, ``safetensors``, or ``dummy`` (random weights from a config).
@@ -84,6 +86,7 @@ class EngineConfig:
     attention: str | None = None
     graphs: bool | None = None
     capture_sizes: tuple[int, ...] | None = None
+    capture_tokens: tuple[int, ...] | None = None
     fusion: Literal["off", "leaf", "block"] = "block"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     overlap: bool | None = None
@@ -146,8 +149,9 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
             path=str(path),
         ) from error
     _refuse_unknown(data, f"the configuration file {path}")
-    if isinstance(data.get("capture_sizes"), list):
-        data["capture_sizes"] = tuple(data["capture_sizes"])
+    for name in _SIZES:
+        if isinstance(data.get(name), list):
+            data[name] = tuple(data[name])
     return data
 
 
@@ -214,6 +218,7 @@ _OPTIONAL_COUNTS = (
 )  # fmt: skip
 _SWITCHES = ("mixed", "prefix_cache", "trust_remote_code", "deterministic", "debug")
 _OPTIONAL_SWITCHES = ("graphs", "overlap")
+_SIZES = ("capture_sizes", "capture_tokens")
 _CHOICES = {"fusion": ("off", "leaf", "block"), "load_format": ("auto", "safetensors", "dummy")}
 
 
@@ -247,7 +252,7 @@ def _allowed(name: str, value: Any) -> str | None:
     elif name == "mem_fraction":
         number = isinstance(value, float | int) and not isinstance(value, bool)
         rule = (value is None or (number and 0 < value <= 1), "above 0 and at most 1")
-    elif name == "capture_sizes":
+    elif name in _SIZES:
         rule = (value is None or _is_sizes(value), "a tuple of ascending integers above 0")
     elif name == "chunked_prefill_tokens":
         rule = (_is_integer(value) and value > 0, "an integer above 0")

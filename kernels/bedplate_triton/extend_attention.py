@@ -117,17 +117,24 @@ def extend_attention(
     requests = rows.shape[0]
     if not tiles or not requests:
         return
+    # Requests of several tiles lie side by side in the grid's first dimension: a second one
+    # would have as many tiles for each of them as the longest needs.
+    together = invariant or (requests > 1 and tiles > 1)
+    grid = (tiles * kv_heads, requests)
+    if together:
+        most = q.shape[0] * group // choice["BLOCK_M"] + requests
+        grid = (min(most, tiles * requests) * kv_heads, 1)
     main, tail = column_blocks(head_dim)
     shared = v_pool.data_ptr() == k_pool.data_ptr() and v_pool.stride() == k_pool.stride()
-    _extend_kernel[(tiles * kv_heads, requests)](
+    _extend_kernel[grid](
         q, k_pool, v_pool, req_to_token, rows, seq_lens, start_loc, extend_lens, out, lse,
-        sinks, scale * k_scale, v_scale, *q.stride()[:2], req_to_token.stride(0),
+        sinks, scale * k_scale, v_scale, requests, *q.stride()[:2], req_to_token.stride(0),
         *out.stride()[:2],
         K_T=k_pool.stride(0), K_H=k_pool.stride(1), V_T=v_pool.stride(0), V_H=v_pool.stride(1),
         KV_HEADS=kv_heads, GROUP=group, D=head_dim, DV=value_dim, D_MAIN=main, D_TAIL=tail,
         DV_PAD=max(16, power_of_two(value_dim)), CAUSAL=causal, WINDOW=window,
         CHUNK=chunk, SOFTCAP=softcap, VALUE_IN_KEY=shared and value_dim == main,
-        INVARIANT=invariant, enable_fp_fusion=not invariant,
+        TOGETHER=together, INVARIANT=invariant, enable_fp_fusion=not invariant,
         BLOCK_M=choice["BLOCK_M"], BLOCK_N=choice["BLOCK_N"], num_warps=choice["num_warps"],
         num_stages=choice["num_stages"], **choice["options"], **features.chain.arguments(),
     )  # fmt: skip
@@ -227,29 +234,64 @@ def _sweep(
     return acc, total, peak
 
 
+@triton.jit
+def _find_request(extend_lens, requests, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The request that ``tile`` of all requests' tiles belongs to, and its tile there.
+
+    ``requests`` itself, if there are not so many tiles.
+    """
+    found = 0  # requests that end before the tile
+    theirs = 0  # tiles of those
+    total = 0  # tiles of all that were looked at
+    lanes = tl.arange(0, 64)
+    for first in tl.range(0, requests, 64):
+        inside = first + lanes < requests
+        counts = tl.load(extend_lens + first + lanes, mask=inside, other=0)
+        tiles = tl.cdiv(counts * GROUP, BLOCK_M)
+        passed = inside & (total + tl.cumsum(tiles, 0) <= tile)
+        found += tl.sum(passed.to(tl.int32), 0)
+        theirs += tl.sum(tl.where(passed, tiles, 0), 0)
+        total += tl.sum(tiles, 0)
+    return found, tile - theirs
+
+
 # Where the numbers of a pass begin changes their alignment: specialised, that would compile
 # anew.
-@triton.jit(do_not_specialize=["req_to_token", "rows", "seq_lens", "start_loc", "extend_lens"])
+@triton.jit(
+    do_not_specialize=[
+        "req_to_token", "rows", "seq_lens", "start_loc", "extend_lens", "requests",
+    ]
+)  # fmt: skip
 def _extend_kernel(
     q, k_pool, v_pool, req_to_token, rows, seq_lens, start_loc, extend_lens, out, lse, sinks,
-    scale, v_scale, q_stride, q_head_stride, table_stride, out_stride, out_head_stride,
+    scale, v_scale, requests, q_stride, q_head_stride, table_stride, out_stride,
+    out_head_stride,
     K_T: tl.constexpr, K_H: tl.constexpr, V_T: tl.constexpr, V_H: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, DV_PAD: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
-    VALUE_IN_KEY: tl.constexpr, INVARIANT: tl.constexpr,
+    VALUE_IN_KEY: tl.constexpr, TOGETHER: tl.constexpr, INVARIANT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile · K + key/value head, request): ``BLOCK_M`` query rows of one head."""
+    """Program (tile · K + key/value head, request): ``BLOCK_M`` query rows of one head.
+
+    ``TOGETHER`` has the tiles of all requests, one after the other, in the first dimension.
+    """
     RELEASE()
-    request = tl.program_id(1)
     head = (tl.program_id(0) % KV_HEADS).to(tl.int64)  # a stride of heads may span the pool
+    tile = tl.program_id(0) // KV_HEADS
     WAIT()
+    if TOGETHER:
+        request, tile = _find_request(extend_lens, requests, tile, GROUP, BLOCK_M)
+        if request == requests:
+            return
+    else:
+        request = tl.program_id(1)
     count = tl.load(extend_lens + request)
     length = tl.load(seq_lens + request)
     # The last rows see the most keys: they start first, so that the device ends evenly.
-    tile = tl.cdiv(count * GROUP, BLOCK_M) - 1 - tl.program_id(0) // KV_HEADS
+    tile = tl.cdiv(count * GROUP, BLOCK_M) - 1 - tile
     if tile < 0:
         return
     past = length - count

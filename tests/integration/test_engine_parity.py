@@ -30,6 +30,14 @@ NEW = 12
 LENGTHS = (5, 33, 1, 17, 48, 16)
 
 
+class Recording(ModelRunner):
+    """Records prompts too: graphs that run again serve whatever attention does."""
+
+    def init_attention_backend(self):
+        super().init_attention_backend()
+        self.attention.extend_recordable = True
+
+
 class Rig:
     """A model in a folder, its engine under given conditions, and the oracle."""
 
@@ -65,7 +73,7 @@ class Rig:
                 make_graph_runner=RerunGraphRunner,
             )
         self.bound = bound
-        self.runner = ModelRunner(self.config, bound, self.log)
+        self.runner = (Recording if recorded else ModelRunner)(self.config, bound, self.log)
         self.runner.initialize()
 
     def engine(self, **options):
@@ -156,12 +164,14 @@ CONDITIONS = {
             "recorded": True,
             "overlap": True,
             "capture_sizes": (1, 4),  # larger batches are staged and run eagerly
+            "capture_tokens": (3, 12),  # so are longer prompts
             "max_total_tokens": 112,
             "page_size": 8,
             "chunked_prefill_tokens": 16,
         },
         {"mixed": True},
     ),
+    "prompts not recorded": ({"copied": True, "recorded": True, "capture_tokens": ()}, {}),
     "all at once": (
         {
             "copied": True,
@@ -190,6 +200,10 @@ def test_every_condition(condition, name, tmp_path):
     if "max_total_tokens" in settings:
         assert sum(len(p) for p in rig.prompts()) + NEW * 6 > settings["max_total_tokens"]
     assert len(outputs) == len(LENGTHS)
+    if settings.get("recorded"):
+        prompts = rig.runner.prompt_graphs
+        assert (prompts is not None) == (settings.get("capture_tokens") != ())
+        assert prompts is None or prompts.stats.replays.total() > 0
 
 
 def test_sampled_tokens_survive_batching_and_preemption(tmp_path):

@@ -15,7 +15,7 @@ WRONG = {
     "kv_dtype": None, "page_size": 0, "max_context_len": -1, "max_running_requests": 1.5,
     "max_total_tokens": True, "mem_fraction": 1.5, "chunked_prefill_tokens": None,
     "mixed": 1, "deterministic": 0, "prefix_cache": None, "graphs": "yes",
-    "capture_sizes": (4, 2), "fusion": "all",
+    "capture_sizes": (4, 2), "capture_tokens": [16], "fusion": "all",
     "load_format": "pickle", "overlap": 1, "seed": -1, "trust_remote_code": "no", "debug": 0,
     "backend_options": {"cpu": 1},
 }  # fmt: skip
@@ -49,6 +49,7 @@ def test_all_offenders_are_listed_with_their_source():
     [
         {"capture_sizes": (1, 2, 8)}, {"mem_fraction": 1}, {"mem_fraction": 0.5},
         {"seed": 2**63 - 1}, {"graphs": False}, {"capture_sizes": ()},
+        {"capture_tokens": ()},
         {"backend_options": {"cpu": {"threads": 4}}}, {"dtype": "bfloat16"},
     ],
 )  # fmt: skip

@@ -58,6 +58,8 @@ class TritonAttention(AttentionBackend):
         features: The device; the current one when not given.
     """
 
+    extend_recordable = True
+
     def __init__(self, build: AttentionBuild, *, features: Features | None = None) -> None:
         self._pool = build.kv_pool
         self._req_to_token = build.req_to_token

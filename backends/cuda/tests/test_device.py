@@ -109,3 +109,29 @@ def test_failing_capture_is_recorded_and_the_next_one_works(bench):
     assert [decision.point for decision in decisions] == ["graph.4"]
     assert [key.batch_size for key in runner.captured] == [16, 1]
     compare(bench, runner, [2])
+
+
+def test_results_of_all_graphs_share_their_memory(bench):
+    """A bucket's results keep no memory that the next one could use."""
+    from bedplate_cuda.graph import CudaGraphRunner
+
+    def wide(batch):
+        output = bench.model(batch)
+        logits = output.next_token_logits.repeat(1, 4 << 20)  # 512 MiB a row
+        return dataclasses.replace(output, next_token_logits=logits)
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    runner = CudaGraphRunner(
+        dataclasses.replace(bench.request, forward=wide, capture_sizes=(1, 2, 3))
+    )
+    runner.capture()
+    assert torch.cuda.memory_reserved() - before < 2.2 * (3 << 29)
+    batch = decode_batch([3, 4], bench.attention)
+    with torch.no_grad():
+        logits = runner.replay(batch).next_token_logits
+        bench.attention.prepare_in_graph(batch)
+        expected = bench.model(batch).next_token_logits
+    assert logits.shape == (2, 32 * (4 << 20))
+    torch.testing.assert_close(logits[:, -32:], expected, atol=1e-4, rtol=1e-4)
+    runner.release()

@@ -62,6 +62,8 @@ def log(monkeypatch):
         "graph_pool_handle": lambda: "pool",
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    # Only device memory can be borrowed; tests/test_device.py does.
+    monkeypatch.setattr("bedplate_cuda.graph._borrow", lambda output: output)
     return calls
 
 

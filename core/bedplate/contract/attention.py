@@ -138,6 +138,9 @@ class AttentionBackend(ABC):
 
     seq_len_fill_value: int = 1
     """Length that padding rows of a graph get; their slot is 0 and their row is 0."""
+    extend_recordable: bool = False
+    """Whether a recorded extend pass serves every batch of at most as many tokens and requests:
+    lengths are read on the device, and what is baked in suits the longest that fits."""
 
     @abstractmethod
     def prepare(self, batch: ForwardBatch) -> None:

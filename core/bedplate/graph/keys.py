@@ -38,6 +38,8 @@ class Refusal(StrEnum):
     """Integers that reach kernels differ from those baked into the graphs."""
     CAPTURE_FAILED = "capture-failed"
     """The bucket's graph could not be captured at start-up."""
+    PADDING = "padding"
+    """The graphs that could serve it have so many more tokens that an eager pass is sooner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +51,19 @@ class ShapeKey:
         batch_size: Requests, padding included.
         hidden_mode: Hidden states that the graph keeps.
         host_ints: Python integers that reach kernels, from ``AttentionBackend.graph_key``.
+        num_tokens: New tokens, padding included, where they do not follow from the requests.
     """
 
     mode: ForwardMode
     batch_size: int
     hidden_mode: CaptureHiddenMode = CaptureHiddenMode.NULL
     host_ints: tuple[int, ...] = ()
+    num_tokens: int | None = None
+
+    def __str__(self) -> str:
+        if self.num_tokens is None:
+            return f"{self.batch_size} requests"
+        return f"{self.num_tokens} tokens"
 
 
 @dataclass(slots=True)

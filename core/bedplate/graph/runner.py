@@ -210,25 +210,47 @@ class GraphRunner(ABC):
         Raises:
             CaptureError: Whatever failed; nothing is kept of the attempt.
         """
-        runtime = self.request.runtime
         try:
             self._static_slots().reset()
             batch = self._static_batch(key.batch_size, key.hidden_mode)
+            self._graphs[key] = self.record(key, batch, self._recorded_part(batch))
+        finally:
+            self.generation += 1
+        self._failed.discard(key)
+        self._routes.clear()
+
+    def record(
+        self, key: ShapeKey, batch: ForwardBatch, run: Callable[[], LogitsOutput]
+    ) -> Captured:
+        """Record ``run``, which passes ``batch``, after warm-ups; within ``capture_stream``.
+
+        Raises:
+            CaptureError: Whatever failed; the graph and its pool are not to be used again.
+        """
+        runtime = self.request.runtime
+        try:
             with model_capture_mode(), runtime.inference_guard():
                 graph = self.create_graph(key)
                 self._attention.prepare(batch)
-                run = self._recorded_part(batch)
                 for _ in range(_WARM_UPS):
                     runtime.synchronize()
                     run()
                 output = self.capture_graph(graph, run)
         except Exception as error:
+            # A device may go on recording into the pool of a capture that broke off, and
+            # refuse the next one that names it: that one gets a pool of its own.
+            set_global_graph_memory_pool(runtime, None)
             raise _capture_error(key, error) from error
-        finally:
-            self.generation += 1
-        self._graphs[key] = Captured(key, graph, batch, output)
-        self._failed.discard(key)
-        self._routes.clear()
+        return Captured(key, graph, batch, output)
+
+    def play(self, captured: Captured) -> LogitsOutput | None:
+        """Launch a graph over what its batch holds now, within ``inference_guard``.
+
+        Returns:
+            ``None``, or the output where it does not lie where the capture put it.
+        """
+        self.update_host_parameters(captured.graph, captured.batch)
+        return self.replay_graph(captured.graph)
 
     def can_run(self, batch: ForwardBatch) -> Support:
         """Whether a graph can serve ``batch``; a refusal is counted under its reason."""
@@ -270,8 +292,7 @@ class GraphRunner(ABC):
         """
         route = self.replay_prepare(batch)
         captured = route.captured
-        self.update_host_parameters(captured.graph, captured.batch)
-        fresh = self.replay_graph(captured.graph)
+        fresh = self.play(captured)
         self.stats.replays[captured.key.batch_size] += 1
         return route.output if fresh is None else route.cut(fresh)
 
@@ -338,9 +359,6 @@ class GraphRunner(ABC):
         try:
             self.capture_one_batch_size(key)
         except CaptureError as error:
-            # A device may go on recording into the pool of a capture that broke off, and
-            # refuse the next one that names it: that one gets a pool of its own.
-            set_global_graph_memory_pool(self.request.runtime, None)
             self._failed.add(key)
             larger = [k.batch_size for k in self._graphs if k.batch_size > key.batch_size]
             self.request.record(_dropped(key, error, min(larger, default=None)))
@@ -414,9 +432,8 @@ def _check(request: GraphRunnerRequest) -> None:
 def _capture_error(key: ShapeKey, error: Exception) -> CaptureError:
     cause = str(error).partition("\n")[0].rstrip(".")
     return CaptureError(
-        f"capturing a graph for {key.batch_size} requests failed: {type(error).__name__}: "
-        f"{cause}. Capture fewer or smaller sizes, leave more memory free, or run without "
-        "graphs",
+        f"capturing a graph for {key} failed: {type(error).__name__}: {cause}. Capture fewer "
+        "or smaller sizes, leave more memory free, or run without graphs",
         key=key,
     )
 

@@ -76,6 +76,10 @@ class HFModel:
         """
         self._attention, self._kv_pool = attention, kv_pool
 
+    def release_attention(self) -> None:
+        """Let go of the attention and its pool; bind others before the next pass."""
+        self._attention = self._kv_pool = None
+
     def forward(self, batch: ForwardBatch, input_embeds: Tensor | None = None) -> LogitsOutput:
         """Run one pass; ``attention.prepare(batch)`` has been called.
 

@@ -14,14 +14,25 @@ from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
 from bedplate.batch.forward_mode import ForwardMode
 
 
-def dummy_prompt(count: int, device: torch.device, prefix: int = 0) -> ForwardBatch:
-    """An extend pass of one request, ``prefix`` tokens behind it; logits of its last token."""
-    new = torch.tensor([count], dtype=torch.int32)
-    none = torch.zeros(1, dtype=torch.int32)
+def dummy_prompt(
+    count: int, device: torch.device, prefix: int = 0, requests: int = 1
+) -> ForwardBatch:
+    """An extend pass, ``prefix`` tokens behind every request; logits of the last token.
+
+    Args:
+        count: New tokens; all but one are the first request's.
+        device: Place of the tensors.
+        prefix: Cached tokens of each request.
+        requests: How many; at most ``count`` of them are real.
+    """
+    requests = min(requests, count)
+    new = torch.ones(requests, dtype=torch.int32)
+    new[0] = count - requests + 1
+    none = torch.zeros(requests, dtype=torch.int32)
     on_device, nothing = new.to(device), none.to(device)
     return ForwardBatch(
         mode=ForwardMode.EXTEND,
-        batch_size=1,
+        batch_size=requests,
         input_ids=torch.zeros(count, dtype=torch.int64, device=device),
         positions=torch.arange(prefix, prefix + count, device=device),
         req_pool_indices=nothing,
@@ -32,7 +43,7 @@ def dummy_prompt(count: int, device: torch.device, prefix: int = 0) -> ForwardBa
         extend=ExtendPart(
             seq_lens=on_device,
             prefix_lens=nothing + prefix,
-            start_loc=nothing,
+            start_loc=on_device.cumsum(0, dtype=torch.int32) - on_device,
             seq_lens_cpu=new,
             prefix_lens_cpu=none + prefix,
         ),

@@ -27,10 +27,12 @@ from bedplate.contract.attention import (
     AttentionProvider,
     AttentionRequest,
 )
+from bedplate.contract.decisions import Candidate, Decision
 from bedplate.contract.graph import GraphRunnerRequest
 from bedplate.contract.memory import AllocatorRequest, KVPoolRequest
 from bedplate.errors import BedplateError, ContractError, DeviceMemoryError
 from bedplate.graph.buckets import capture_sizes, first_sizes, memory_class, pad_to
+from bedplate.graph.prompts import PromptGraphs, first_token_sizes, token_sizes
 from bedplate.memory.factory import make_allocator, make_kv_pool
 from bedplate.memory.req_to_token import ReqToTokenPool
 from bedplate.memory.sizing import cell_bytes
@@ -69,6 +71,8 @@ work: the capture costs about a step."""
 
 _REHEARSED_TOKENS = (1, 3, 12, 24, 48, 100, 1024, 4100)
 """Lengths of prompts whose kernels are made ready: one for each class that kernels know."""
+_REHEARSED_REQUESTS = (1, 2)
+"""So many prompts share that length: kernels know one from several."""
 
 _MEM_FRACTION = 0.88
 """Share of the memory that was free before loading, unless the user says otherwise."""
@@ -95,6 +99,7 @@ class ModelRunner:
         allocator: Slots.
         attention: The attention backend.
         graph_runner: Recorded graphs, or ``None`` for eager passes.
+        prompt_graphs: Recorded passes of prompts, or ``None``.
         decode_loop: What recorded passes keep on the device from step to step, where they
             sample too; else ``None``.
         stage_seconds: Stage → how long it took.
@@ -108,6 +113,7 @@ class ModelRunner:
     allocator: TokenToKVPoolAllocator
     attention: AttentionBackend
     graph_runner: GraphRunner | None = None
+    prompt_graphs: PromptGraphs | None = None
     decode_loop: DecodeLoop | None = None
 
     def __init__(
@@ -189,10 +195,16 @@ class ModelRunner:
         self.init_attention_backend()
         runner = self._make_graph_runner(sizes)
         if runner is not None:
-            self._rehearse(runner, sizes)
+            prompts = self._make_prompt_graphs(runner)
+            self._rehearse(runner, sizes, prompts)
+            before = self.bound.runtime.memory().free_bytes
             runner.capture(first=())
-            self._graph_bytes = runner.memory_bytes
+            if prompts is not None:
+                prompts.capture(first=prompts.sizes[-1:])
+            self._graph_bytes = max(0, before - self.bound.runtime.memory().free_bytes)
+            del prompts
             runner.release()
+        self.model.release_attention()
         del self.kv_pool, self.allocator, self.attention
         self.bound.runtime.empty_cache()
 
@@ -256,8 +268,14 @@ class ModelRunner:
             return
         sizes = self._capture_sizes()
         self.graph_runner = self._make_graph_runner(sizes)
-        if self.graph_runner is not None:
-            self.graph_runner.capture(first=first_sizes(sizes))
+        if self.graph_runner is None:
+            return
+        prompts = self.prompt_graphs = self._make_prompt_graphs(self.graph_runner)
+        with self.decisions.choosing("prompt_graphs") as decide:
+            decide(_prompts_decision(prompts, self.config, self.attention))
+        if prompts is not None:  # these first: their pool serves all others
+            prompts.capture(first_token_sizes(prompts.sizes))
+        self.graph_runner.capture(first=first_sizes(sizes))
 
     def run(self, batch: ForwardBatch) -> tuple[LogitsOutput, int | None, str]:
         """One pass; which graph served it, or why none did.
@@ -279,6 +297,13 @@ class ModelRunner:
                     self.decode_loop.hold()
                 output = runner.replay(batch)
                 return output, runner.bucket_of(batch), ""
+            reason = answer.reason
+        elif self.prompt_graphs is not None:
+            self.prompt_graphs.capture_if_worth_it(batch)
+            answer = self.prompt_graphs.can_run(batch)
+            if answer:
+                bucket = self.prompt_graphs.bucket_of(batch)
+                return self.prompt_graphs.replay(batch), bucket, ""
             reason = answer.reason
         elif runner is not None:
             reason = f"{batch.mode.name} passes run eagerly"
@@ -307,6 +332,8 @@ class ModelRunner:
         if self.graph_runner is None:
             return False
         with self.bound.runtime.inference_guard():
+            if self.prompt_graphs is not None and self.prompt_graphs.capture_next():
+                return True
             return self.graph_runner.capture_next()
 
     def forward(self, batch: ForwardBatch) -> tuple[LogitsOutput, bool]:
@@ -423,18 +450,28 @@ class ModelRunner:
         memory = memory_class(self.bound.runtime.memory().total_bytes)
         return capture_sizes(most, limit=most, memory=memory)
 
-    def _rehearse(self, runner: GraphRunner, sizes: tuple[int, ...]) -> None:
+    def _rehearse(
+        self, runner: GraphRunner, sizes: tuple[int, ...], prompts: PromptGraphs | None
+    ) -> None:
         """Have the kernels of prompts and of buckets made ready, all at once."""
         rehearsal = self.bound.runtime.rehearsal()
         if rehearsal is None:
             return
-        longest = min(self.plan.max_context_len - 1, self.config.chunked_prefill_tokens)
+        longest = self._longest_prompt()
         with rehearsal:
             runner.rehearse(sizes)
+            if prompts is not None:
+                prompts.rehearse()
             with self.bound.runtime.inference_guard():
                 for count in sorted({min(count, longest) for count in _REHEARSED_TOKENS}):
-                    # With a prefix: whole prompts may be another library's.
-                    self._eager(dummy_prompt(count, self.bound.runtime.device, prefix=1))
+                    for requests in _REHEARSED_REQUESTS:
+                        # With a prefix: whole prompts may be another library's.
+                        device = self.bound.runtime.device
+                        self._eager(dummy_prompt(count, device, prefix=1, requests=requests))
+
+    def _longest_prompt(self) -> int:
+        """Most new tokens of a pass that no request of one more token refuses."""
+        return min(self.plan.max_context_len - 1, self.config.chunked_prefill_tokens)
 
     def _capture_if_worth_it(self, graphs: GraphRunner, size: int) -> None:
         """Capture a bucket whose batches have long been padded to a larger one."""
@@ -476,8 +513,44 @@ class ModelRunner:
         )
         return runner
 
+    def _make_prompt_graphs(self, runner: GraphRunner) -> PromptGraphs | None:
+        """``None`` where attention bakes lengths in, or nobody wants them."""
+        sizes = self.config.capture_tokens
+        if sizes is None:
+            sizes = token_sizes(self._longest_prompt())
+        if not sizes or not self.attention.extend_recordable:
+            return None
+        return PromptGraphs(
+            runner,
+            self.model.forward,
+            sizes=sizes,
+            max_requests=self.plan.max_running_requests,
+        )
+
     def _report(self, what: str) -> Callable[[int, int], None] | None:
         progress = self._progress
         if progress is None:
             return None
         return lambda done, total: progress(what, done, total)
+
+
+def _prompts_decision(
+    prompts: PromptGraphs | None, config: EngineConfig, attention: AttentionBackend
+) -> Decision:
+    """Which prompt passes are recorded, or why none is."""
+    if prompts is not None:
+        whose = "the default" if config.capture_tokens is None else "given"
+        sizes = Candidate(name="on", verdict="chosen", reason=f"{len(prompts.sizes)} sizes")
+        detail = {"tokens": ", ".join(map(str, prompts.sizes)), "source": whose}
+        return Decision(point="prompt_graphs", chosen="on", candidates=(sizes,), detail=detail)
+    reason = "no size is asked for"
+    if not attention.extend_recordable:
+        reason = f"{type(attention).__name__} bakes the lengths of a pass into what it launches"
+    return Decision(
+        point="prompt_graphs",
+        chosen="off",
+        candidates=(
+            Candidate(name="on", verdict="refused", reason=reason),
+            Candidate(name="off", verdict="chosen", reason="prompts run eagerly"),
+        ),
+    )

@@ -183,7 +183,9 @@ class TapeGraphRunner(GraphRunner):
         """The start of a block of the pool, into which the tape now copies ``value``."""
         blocks: list[Tensor] = self.pool  # type: ignore[assignment]
         while block >= len(blocks):
-            blocks.append(torch.empty(value.numel(), dtype=value.dtype))
+            blocks.append(torch.empty(0, dtype=value.dtype))
+        if blocks[block].numel() < value.numel():  # older tapes keep theirs
+            blocks[block] = torch.empty(value.numel(), dtype=value.dtype)
         place = blocks[block][: value.numel()].view(value.shape)
         with graph:
             place.copy_(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest model that decodes over a paged cache: one attention layer, static shapes.
+"""The smallest model that works over a paged cache: one attention layer, static shapes.
 
 For tests of graph runners on any device: what it computes depends on every input slot (token,
 position, row, length, slot to write), so a slot that is not refreshed changes the logits.
@@ -7,14 +7,12 @@ position, row, length, slot to write), so a slot that is not refreshed changes t
 
 from __future__ import annotations
 
-__all__ = ["TinyAttention", "TinyDecoder", "decode_batch"]
-
-from typing import Any
+__all__ = ["TinyAttention", "TinyDecoder", "decode_batch", "prompt_batch"]
 
 import torch
 from torch import Tensor
 
-from bedplate.batch.forward_batch import ForwardBatch
+from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
 from bedplate.batch.forward_mode import CaptureHiddenMode, ForwardMode
 from bedplate.batch.logits import LogitsOutput
 from bedplate.contract.attention import AttentionBackend, AttentionCallSpec
@@ -33,13 +31,15 @@ _CALL = AttentionCallSpec(
 
 
 class TinyAttention(AttentionBackend):
-    """Decode attention over the whole width of ``req_to_token``, masked by length.
+    """Attention over the whole width of ``req_to_token``, masked by what a token sees.
 
     Attributes:
         keys, values: ``[slots, hidden]`` cache.
         req_to_token: ``[rows, width]`` int32; row 0 is all slot 0.
         prepared: Batches that ``prepare`` was given, the last one last.
     """
+
+    extend_recordable = True
 
     def __init__(self, *, rows: int = 24, width: int = 12, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(1)
@@ -51,16 +51,24 @@ class TinyAttention(AttentionBackend):
         table[0] = 0
         self.req_to_token = table.to(device)
         self.prepared: list[ForwardBatch] = []
-        self._visible = torch.empty(0)
+        self._rows = self._visible = torch.empty(0)
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Nothing but a note; all metadata is made in the graph."""
         self.prepared.append(batch)
 
     def prepare_in_graph(self, batch: ForwardBatch) -> None:
-        """The mask, from lengths on the device."""
+        """Each token's row and mask, from what the device has."""
         columns = torch.arange(self.req_to_token.shape[1], device=batch.seq_lens.device)
-        self._visible = columns < batch.seq_lens[:, None]
+        if batch.extend is None:
+            self._rows = batch.req_pool_indices.long()
+            self._visible = columns < batch.seq_lens[:, None]
+            return
+        tokens = torch.arange(batch.num_tokens, device=columns.device)[:, None]
+        start, count = batch.extend.start_loc, batch.extend.seq_lens
+        ours = (tokens >= start) & (tokens < start + count)
+        self._rows = (ours * batch.req_pool_indices).sum(1)  # spare tokens: row 0
+        self._visible = columns <= batch.positions[:, None]
 
     def forward_decode(
         self,
@@ -77,18 +85,12 @@ class TinyAttention(AttentionBackend):
         assert v is not None
         self.keys.index_copy_(0, batch.out_cache_loc.long(), k[:, 0])
         self.values.index_copy_(0, batch.out_cache_loc.long(), v[:, 0])
-        slots = self.req_to_token[batch.req_pool_indices.long()].long()
-        scores = torch.einsum("bd,bld->bl", q[:, 0], self.keys[slots]) * call.scale
+        slots = self.req_to_token[self._rows].long()
+        scores = torch.einsum("td,tld->tl", q[:, 0], self.keys[slots]) * call.scale
         scores = scores.masked_fill(~self._visible, float("-inf"))
-        return torch.einsum("bl,bld->bd", scores.softmax(-1), self.values[slots])[:, None]
+        return torch.einsum("tl,tld->td", scores.softmax(-1), self.values[slots])[:, None]
 
-    def forward_extend(self, *_: Any, **__: Any) -> Tensor:
-        """Not part of this model's life.
-
-        Raises:
-            AssertionError: Always.
-        """
-        raise AssertionError("TinyDecoder only decodes")
+    forward_extend = forward_decode
 
 
 class TinyDecoder(torch.nn.Module):
@@ -108,17 +110,18 @@ class TinyDecoder(torch.nn.Module):
         )
 
     def forward(self, batch: ForwardBatch) -> LogitsOutput:
-        """One decode pass.
+        """One pass.
 
         Returns:
-            Logits ``[B, 32]`` and, where asked for, hidden states ``[B, 8]``.
+            Logits ``[R, 32]`` and, where asked for, hidden states ``[T, 8]``.
         """
         hidden = self.embedding[batch.input_ids] + batch.positions[:, None].float().sin()
         heads = hidden[:, None]
         hidden = hidden + self.attention.forward(heads, heads.cos(), heads, _CALL, batch)[:, 0]
         kept = batch.capture_hidden is not CaptureHiddenMode.NULL
+        rows = hidden if batch.logits_rows is None else hidden[batch.logits_rows]
         return LogitsOutput(
-            next_token_logits=hidden @ self.embedding.T,
+            next_token_logits=rows @ self.embedding.T,
             hidden_states=hidden if kept else None,
         )
 
@@ -147,4 +150,46 @@ def decode_batch(
         seq_lens_cpu=seq_lens,
         out_cache_loc=attention.req_to_token[rows.long(), last].long().to(device),
         capture_hidden=hidden,
+    )
+
+
+def prompt_batch(
+    counts: list[int],
+    attention: TinyAttention,
+    *,
+    prefixes: list[int] | None = None,
+    seed: int = 0,
+) -> ForwardBatch:
+    """An extend batch whose request i is in row i + 1 and gets ``counts[i]`` new tokens.
+
+    Behind ``prefixes[i]`` cached ones; logits are wanted of the last token of each.
+    """
+    device = attention.req_to_token.device
+    new = torch.tensor(counts, dtype=torch.int32)
+    old = torch.tensor(prefixes or [0] * len(counts), dtype=torch.int32)
+    rows = torch.arange(1, len(counts) + 1, dtype=torch.int32)
+    ends = new.cumsum(0)
+    positions = torch.cat(
+        [torch.arange(p, p + n) for p, n in zip(old.tolist(), counts, strict=True)]
+    )
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(_VOCABULARY, (int(ends[-1]),), generator=generator)
+    row_of_token = rows.repeat_interleave(new).long().to(device)
+    return ForwardBatch(
+        mode=ForwardMode.EXTEND,
+        batch_size=len(counts),
+        input_ids=tokens.to(device),
+        positions=positions.to(device),
+        req_pool_indices=rows.to(device),
+        seq_lens=(old + new).to(device),
+        seq_lens_cpu=old + new,
+        out_cache_loc=attention.req_to_token[row_of_token, positions.to(device)].long(),
+        logits_rows=(ends - 1).to(device),
+        extend=ExtendPart(
+            seq_lens=new.to(device),
+            prefix_lens=old.to(device),
+            start_loc=(ends - new).int().to(device),
+            seq_lens_cpu=new,
+            prefix_lens_cpu=old,
+        ),
     )

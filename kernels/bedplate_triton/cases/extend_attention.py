@@ -214,6 +214,13 @@ CASES = (
         options={"k_scale": 0.5, "v_scale": 3.0},
     ),
     make_case("invariant", CALLS["sinks and window"], options={"invariant": True}),
+    make_case(
+        "many of unlike length",
+        CALLS["plain"],
+        lengths=(*(1, 5) * 32, 70, 1, 150, 2),
+        fresh=(*(1, 0) * 32, 70, 0, 50, 2),
+        dtype=torch.float32,
+    ),
     *(
         _large(f"prompt of {size}", (size,), (size,), target)
         for size, target in ((1024, 0.3), (4096, 0.45), (8192, 0.45))

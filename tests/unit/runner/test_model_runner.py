@@ -17,12 +17,24 @@ from bedplate.reference.attention import ReferenceAttention, reference_provider,
 from bedplate.reference.ops import OPERATIONS
 from bedplate.registry import DecisionLog
 from bedplate.registry.door import open_backend
+from bedplate.runner.dummy import dummy_prompt
 from bedplate.runner.executor import ModelExecutor
 from bedplate.testing.graphs import TapeGraphRunner
 
 
 class StaticAttention(ReferenceAttention):
     """Decode with the whole table row and a mask: shapes that a graph can hold."""
+
+    extend_recordable = True
+
+    def forward_extend(self, q, k, v, call, batch, *, sinks=None):
+        """Each token as a request that ends with it."""
+        tokens = torch.arange(batch.num_tokens)[:, None]
+        start, count = batch.extend.start_loc, batch.extend.seq_lens
+        ours = (tokens >= start) & (tokens < start + count)
+        rows = (ours * batch.req_pool_indices).sum(1)
+        each = replace(batch, req_pool_indices=rows, seq_lens=batch.positions + 1)
+        return self.forward_decode(q, k, v, call, each, sinks=sinks)
 
     def forward_decode(self, q, k, v, call, batch, *, sinks=None):
         store(self._pool, k, v, call, batch)
@@ -194,6 +206,53 @@ def test_graphs_are_measured_before_the_cache_is_sized_and_serve_padded_batches(
         _, bucket, reason = made.run(decode_batch(0, mode=ForwardMode.IDLE))
         assert bucket is None
         assert reason
+    made.bound.shutdown()
+
+
+def decision_of(made):
+    (decision,) = [d for d in made.decisions if d.point == "prompt_graphs"]
+    return decision
+
+
+def test_prompts_are_recorded_where_attention_can_be():
+    made = make(
+        copied=True, tape=True, graphs=True, capture_sizes=(1,), attention="static",
+        chunked_prefill_tokens=48,
+    )  # fmt: skip
+    made.initialize()
+    assert made.prompt_graphs.captured == (32, 48)
+    made.req_to_token_pool.req_to_token[1, :40] = torch.arange(1, 41, dtype=torch.int32)
+    prompt = dummy_prompt(40, torch.device("cpu"))
+    prompt = replace(
+        prompt,
+        input_ids=torch.arange(40),
+        req_pool_indices=torch.ones(1, dtype=torch.int32),
+        out_cache_loc=torch.arange(1, 41, dtype=torch.int32),
+    )
+    with made.bound.runtime.inference_guard():
+        output, bucket, reason = made.run(prompt)
+        assert (bucket, reason) == (48, "")
+        expected = made.forward_extend(prompt)
+        torch.testing.assert_close(output.next_token_logits, expected.next_token_logits)
+        assert made.run(replace(prompt, logits_rows=None))[1:] == (None, "logits-rows")
+    decision = decision_of(made)
+    assert (decision.chosen, decision.detail["tokens"]) == ("on", "32, 48")
+    assert made.idle() is False
+    made.bound.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"attention": "static", "capture_tokens": ()}, "no size is asked for"),
+        ({"attention": "reference"}, "ReferenceAttention bakes the lengths"),
+    ],
+)
+def test_prompts_that_are_not_recorded_say_why(settings, reason):
+    made = make(copied=True, tape=True, graphs=True, capture_sizes=(1,), **settings)
+    made.initialize()
+    assert made.prompt_graphs is None
+    assert reason in decision_of(made).candidates[0].reason
     made.bound.shutdown()
 
 
