@@ -104,13 +104,15 @@ class HFModel:
             return self._idle(batch)
         if self._check:
             batch.check()
-        full = batch.capture_hidden.is_full()
-        inner_rows = None if full or not self.spec.takes_logits_to_keep else batch.logits_rows
-        with self.bridge.step(StepContext(batch, self._attention, self._kv_pool)):
+        rows, context = batch.logits_rows, StepContext(batch, self._attention, self._kv_pool)
+        inner_rows = None
+        if self.bridge.trims and not batch.capture_hidden.need_capture():
+            context.wanted, rows = rows, None
+        elif self.spec.takes_logits_to_keep and not batch.capture_hidden.is_full():
+            inner_rows, rows = rows, None
+        with self.bridge.step(context):
             output, hidden = self._run(batch, inner_rows, input_embeds)
-        logits = output.logits[0]
-        if batch.logits_rows is not None and inner_rows is None:
-            logits = logits[batch.logits_rows]
+        logits = output.logits[0] if rows is None else output.logits[0][rows]
         return LogitsOutput(next_token_logits=logits, hidden_states=hidden)
 
     __call__ = forward

@@ -49,6 +49,8 @@ class StepContext:
         deferred: What a layer returned, and two that are still to be added: a part, perhaps a
             product in parts, and the stream. Who reads the layer recognises what it returned
             by identity, and adds while it norms.
+        wanted: ``[R]`` int64 device; the only tokens whose output anybody reads. The last
+            layer leaves the others out and takes this away; ``None`` = all.
     """
 
     batch: ForwardBatch
@@ -56,6 +58,12 @@ class StepContext:
     kv_pool: KVPool | None = None
     cursor: int = 0
     deferred: tuple[Tensor, Tensor | PartialProduct, Tensor] | None = None
+    wanted: Tensor | None = None
+
+    def take_wanted(self) -> Tensor | None:
+        """The tokens to go on with, once."""
+        wanted, self.wanted = self.wanted, None
+        return wanted
 
     def take_deferred(self, x: Tensor) -> tuple[Tensor | PartialProduct, Tensor | None]:
         """The part and the stream that ``x`` stands for, once; else ``x`` and ``None``."""
@@ -73,6 +81,9 @@ class AttentionBridge:
         model: The module tree; its attention modules get a reference to the bridge.
         calls: The calls of one forward, in order.
         check: Compare scale, window and soft-cap of every call with its description.
+
+    Attributes:
+        trims: Whether the last layer leaves out tokens that nobody wants.
     """
 
     def __init__(
@@ -81,6 +92,7 @@ class AttentionBridge:
         self._calls = tuple((model.get_submodule(call.module), call) for call in calls)
         self._check = check
         self._step: StepContext | None = None
+        self.trims = False
         for module, _ in self._calls:
             module.__dict__[_ATTRIBUTE] = self
 
@@ -100,6 +112,11 @@ class AttentionBridge:
             raise InternalError(
                 "a fused layer left its residual to nobody; please report the model, and run "
                 "it with --fusion leaf until then"
+            )
+        if context.wanted is not None:
+            raise InternalError(
+                "no layer left out the tokens that nobody wants; please report the model, and "
+                "run it with --fusion leaf until then"
             )
         if context.cursor != len(self._calls):
             raise ContractError(

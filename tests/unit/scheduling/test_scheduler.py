@@ -153,6 +153,37 @@ def test_prompts_share_a_pass_and_extend_goes_before_decode():
     assert step["ids"] == [7, 7, 7]
 
 
+def test_the_longest_of_many_stand_first_and_each_keeps_its_own():
+    """Also while they join and leave; they are sorted afresh when an eighth has moved."""
+    rng = np.random.default_rng(3)
+    scheduler = make(tokens=8192, rows=48, context=160, budget=64)
+    scheduler.numbers = iter(range(1, 1000))
+    requests = [
+        add(scheduler, rng.integers(10, 99, size=size).tolist(), max_tokens=int(most))
+        for size, most in rng.integers(1, 60, size=(90, 2))
+    ]
+    disorder = []
+    while scheduler.has_requests:
+        batch = scheduler.next_batch()
+        if batch.mode is ForwardMode.DECODE:
+            table, rows = scheduler.roster.table, batch.req_pool_indices
+            lens, last = table.known_len[rows], table.known_len[rows] - 1
+            assert batch.seq_lens.tolist() == lens.tolist()
+            assert batch.positions.tolist() == last.tolist()
+            assert batch.input_ids.tolist() == table.tokens[rows, last].tolist()
+            assert batch.out_cache_loc.tolist() == table.slots[rows * 160 + last].tolist()
+            if len(lens) >= 32:
+                steps = np.diff(batch.seq_lens) > 0
+                disorder.append(steps.sum() / len(lens))
+        tokens = rng.integers(100, 200, size=batch.batch_size)
+        if batch.sample is not None:
+            tokens[~batch.sample] = -1
+        scheduler.apply(StepOutput(next_token_ids=tokens))
+    assert len(disorder) > 10
+    assert max(disorder) <= 1 / 8 + 1 / 32
+    assert all(len(request.output) == request.params.max_tokens for request in requests)
+
+
 def test_nothing_to_do_is_no_pass():
     scheduler = make()
     assert scheduler.next_batch() is None

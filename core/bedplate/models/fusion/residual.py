@@ -217,18 +217,25 @@ class LayerSite(Site):
         if self._add_norm is None:
             return
         self._applied = True
+        if self._is_last:
+            self._bridge.trims = True
         Shadow(self._parallel if self.form.parallel else self._sequential).put(self.call.module)
 
     def revert(self) -> None:
         """Uncover the layer."""
         self._applied = False
+        if self._is_last:
+            self._bridge.trims = False
         Shadow.remove(self.call.module)
 
     def _sequential(self, *args: Any, **kwargs: Any) -> Any:
         """``[1, T, C]`` → ``[1, T, C]``, or its stream where the reader adds the rest."""
         form = self.form
         last = self._deferred and form.after_block is None
-        a, h = self._attend(_input(args, kwargs))
+        wanted = self._bridge.current.take_wanted() if self._is_last else None
+        a, h = self._attend(_input(args, kwargs), whole=wanted is not None)
+        if wanted is not None:
+            a, h = a[:, wanted], h[:, wanted]
         a = self._scaled(a, form.after_attention)
         if form.between is None:
             h = h + a
@@ -253,12 +260,13 @@ class LayerSite(Site):
             normed, _ = _apply(self._add_norm, x, None, form.between)
         return self._leave(a + self._run_block(normed), x)
 
-    def _attend(self, x: Tensor) -> tuple[Any, Tensor]:
-        """Attention's result, and the stream before it."""
+    def _attend(self, x: Tensor, *, whole: bool) -> tuple[Any, Tensor]:
+        """Attention's result, in parts unless ``whole``, and the stream before it."""
         attention, form = self._attention.form, self.form
         assert attention is not None
         normed_next = form.after_attention is not None or form.between is not None
-        finish = not normed_next or (form.after_attention is None and form.factor != 1.0)
+        finish = whole or not normed_next
+        finish |= form.after_attention is None and form.factor != 1.0
         if form.before is None:
             return attention.run(x, finish), x
         part, residual = self._bridge.current.take_deferred(x)
@@ -273,6 +281,11 @@ class LayerSite(Site):
         out = self.form.block(x)
         part: Tensor = out[0] if isinstance(out, tuple) else out
         return part
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether only a norm and the head come after it, which take each token alone."""
+        return isinstance(self.reader, FinalNormSite) and not self.form.parallel
 
     @property
     def _deferred(self) -> bool:

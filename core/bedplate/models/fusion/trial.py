@@ -12,7 +12,7 @@ from __future__ import annotations
 
 __all__ = ["Attended", "Trial"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,11 +73,20 @@ class Trial:
         device = next(model.module.parameters()).device
         self.positions = torch.tensor(_spread(self.max_positions), device=device)
 
-    def run(self, _module: nn.Module, tokens: int = TRIAL_TOKENS) -> Tensor:
-        """Logits ``[T, V]`` of the first tokens."""
+    def run(
+        self,
+        _module: nn.Module,
+        tokens: int = TRIAL_TOKENS,
+        rows: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Logits ``[T, V]`` of the first tokens, or of some of them."""
         attention = _TrialAttention()
         self.model.bind_attention(attention)
-        logits = self.model.forward(self._batch(tokens)).next_token_logits
+        batch = self._batch(tokens)
+        if rows is not None:
+            wanted = torch.tensor(rows, device=batch.input_ids.device)
+            batch = replace(batch, logits_rows=wanted)
+        logits = self.model.forward(batch).next_token_logits
         self.attended = attention.seen
         return logits
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
 import torch
 
+from bedplate.batch.forward_mode import CaptureHiddenMode
 from bedplate.contract import OpProvider
 from bedplate.errors import InternalError
 from bedplate.models.adapter import HFModel
@@ -287,3 +289,40 @@ def test_a_rehearsal_goes_through_everything_and_leaves_nothing():
     assert seen == set(ops)
     assert plan.counts()["layer"] == bench.model.spec.num_layers
     assert difference(bench.logits(), want) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "olmo2"])
+def test_the_last_layer_goes_on_with_the_wanted_tokens_alone(name):
+    rows = []
+
+    def add_norm(x, *rest):
+        rows.append(x.shape[-2])
+        return OPERATIONS["add_norm"](x, *rest)
+
+    bench = Bench(name, add_norm=add_norm, norm_linear=None)
+    whole = bench.logits()
+    bench.fuse()
+    rows.clear()
+    with torch.no_grad():
+        some = bench.trial.run(bench.module, rows=(6, 1))
+    assert some.shape == (2, whole.shape[1])
+    assert difference(some, whole[[6, 1]]) <= 1e-5
+    assert rows[-1] == 2
+    bench.plan.revert()
+    with torch.no_grad():
+        assert difference(bench.trial.run(bench.module, rows=(6, 1)), whole[[6, 1]]) <= 1e-5
+
+
+def test_hidden_states_are_wanted_of_all_tokens():
+    bench = Bench("qwen3")
+    bench.fuse()
+    batch = dataclasses.replace(
+        bench.trial._batch(8),
+        logits_rows=torch.tensor([3]),
+        capture_hidden=CaptureHiddenMode.FULL,
+    )
+    bench.trial.run(bench.module)  # binds its attention
+    with torch.no_grad():
+        output = bench.model.forward(batch)
+    assert output.hidden_states.shape[0] == 8
+    assert output.next_token_logits.shape[0] == 1
