@@ -139,8 +139,13 @@ def run_memory(engine: Engine, report: Report, name: str) -> None:
     other = total - free - sum(parts.values())
     parts |= {
         "graphs": runner.memory_bytes if runner else 0,
-        "unused by torch": torch.cuda.memory_reserved() - torch.cuda.memory_allocated(),
+        "of torch": torch.cuda.memory_reserved() - sum(parts.values()),
     }
+    for segment in torch.cuda.memory_snapshot():
+        own = tuple(segment["segment_pool_id"]) != (0, 0)
+        kind = "kept for graphs" if own else "kept for eager passes"
+        unused = segment["total_size"] - segment["allocated_size"]
+        parts[kind] = parts.get(kind, 0) + unused
     what = f"{name} memory besides weights and cache"
     report.rows.append({"what": what, "bytes": other} | parts)
     rest = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())

@@ -14,10 +14,11 @@ Shapes: T new tokens, B requests, R rows of logits; a graph has T and B of its o
 
 from __future__ import annotations
 
-__all__ = ["PromptGraphs", "first_token_sizes", "token_sizes"]
+__all__ = ["PromptGraphs", "first_token_sizes", "prompts_decision", "token_sizes"]
 
 from collections import Counter
 from dataclasses import replace
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,12 +43,15 @@ if TYPE_CHECKING:
 MOST_REQUESTS = 64
 """Requests of a recorded pass; its head computes the logits of so many rows."""
 LARGEST = 2048
-"""Tokens from which on the device, not the host, takes the longer part of an eager pass."""
+"""Most tokens of a recorded pass; more would take much memory for little gain."""
+_HOST_SHARE = 0.8
+"""Least share of the host in an eager pass that is worth recording."""
 
 _SMALLEST = 32
 _SHARE = 0.75
 """Least share of real tokens in a padded pass, beyond the smallest size."""
 
+_WARM_UPS = 2
 _MISSED_PASSES = 4
 """Passes of a size that run eagerly before it is recorded amid work: that costs three."""
 
@@ -75,6 +79,26 @@ def token_sizes(limit: int) -> tuple[int, ...]:
 def first_token_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     """Sizes to record before serving: powers of two and the largest; the others can wait."""
     return tuple(size for size in sizes if size & (size - 1) == 0 or size == sizes[-1])
+
+
+def prompts_decision(prompts: PromptGraphs | None, why_not: str) -> Decision:
+    """Which prompt passes are recorded, or why none is."""
+    if prompts is not None:
+        reason = f"{len(prompts.sizes)} sizes, up to {prompts.sizes[-1]:,} tokens"
+        return Decision(
+            point="prompt_graphs",
+            chosen="on",
+            candidates=(Candidate(name="on", verdict="chosen", reason=reason),),
+            detail={"tokens": ", ".join(map(str, prompts.sizes))},
+        )
+    return Decision(
+        point="prompt_graphs",
+        chosen="off",
+        candidates=(
+            Candidate(name="on", verdict="refused", reason=why_not),
+            Candidate(name="off", verdict="chosen", reason="prompts run eagerly"),
+        ),
+    )
 
 
 class PromptGraphs:
@@ -124,6 +148,32 @@ class PromptGraphs:
             for size in sorted(first, reverse=True):
                 if not self._try_capture(size):
                     return
+
+    def worth_it(self) -> tuple[int, ...]:
+        """The sizes whose eager pass waits for the host, by the clock; ascending.
+
+        Where the device is busy for longer than the host needs to launch, a graph gains
+        nothing and its memory is lost.
+        """
+        for index in reversed(range(len(self.sizes))):
+            launched, done = self._time_eager(self.sizes[index])
+            if launched >= _HOST_SHARE * done:
+                return self.sizes[: index + 1]
+        return ()
+
+    def _time_eager(self, size: int) -> tuple[float, float]:
+        """Seconds until an eager pass is launched, and until it is done; kernels are ready."""
+        runtime, batch = self._runner.request.runtime, self._dummy(size)
+        begin = launched = 0.0
+        with runtime.inference_guard():
+            for _ in range(_WARM_UPS + 1):
+                runtime.synchronize()
+                begin = perf_counter()
+                self._attention.prepare(batch)
+                self._run(batch)
+                launched = perf_counter() - begin
+            runtime.synchronize()
+        return launched, perf_counter() - begin
 
     def rehearse(self) -> None:
         """Run what is to be recorded once, without recording, for its kernels alone."""

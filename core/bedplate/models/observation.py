@@ -70,6 +70,7 @@ class Observation:
         values: Queries, keys and values of all calls, and the logits; NaN made zero.
         reached: Rows of the logits that the tainted token reached; empty without taint.
         hidden_size: Width of what the head received.
+        linears: Path and input of every linear layer, in order of their calls.
     """
 
     calls: list[SeenCall] = field(default_factory=list)
@@ -77,6 +78,7 @@ class Observation:
     reached: tuple[int, ...] = ()
     values: list[Tensor] = field(default_factory=list)
     hidden_size: int = 0
+    linears: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -246,9 +248,14 @@ def _hooks(model: Any, seen: Observation, *, taint: int | None) -> Iterator[None
 
         return hook
 
+    def record_linear(name: str) -> Callable[..., None]:
+        return lambda _module, args: seen.linears.append((name, args[0]))
+
     for name, module in model.named_modules():
         if name:
             handles.append(module.register_forward_pre_hook(record(name), with_kwargs=True))
+        if type(module) is nn.Linear:
+            handles.append(module.register_forward_pre_hook(record_linear(name)))
     head = hf.output_embeddings(model)
     if head is not None:
         handles.append(head.register_forward_pre_hook(lambda _m, a: _note_width(seen, a)))

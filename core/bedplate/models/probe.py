@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = ["probe"]
 
 import copy
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,6 +105,7 @@ def _probe(name: str, model_class: Callable[[Any], nn.Module], config: Any) -> M
         past_length_seam=bool(past_length),
         position_offset=offset,
         takes_logits_to_keep=hf.takes_argument(model, "logits_to_keep"),
+        siblings=_siblings(model, plain),
         evidence=_evidence(masked.calls, past_length),
         limits=limits,
         **_facts(model, config, limit, offset),
@@ -173,6 +175,17 @@ def _observe_plain(name: str, model: Any, seam: tuple[str, ...]) -> Observation:
             "it works with its mask itself, as sparse or biased attention does "
             f"({type(error).__name__}: {error})",
         ) from error
+
+
+def _siblings(model: nn.Module, plain: Observation) -> tuple[tuple[str, ...], ...]:
+    """Linears that one after the other read the same tensor, in order of their calls."""
+    groups = []
+    for _, calls in itertools.groupby(plain.linears, key=lambda call: id(call[1])):
+        paths = tuple(path for path, _ in calls)
+        weights = {id(model.get_submodule(path).weight) for path in paths}
+        if len(paths) > 1 and len(weights) == len(paths):
+            groups.append(paths)
+    return tuple(groups)
 
 
 def _check_paths(

@@ -38,6 +38,8 @@ class ModelSpec:
         past_length_seam: Some part counts tokens on top of the cache's past length, although
             the forward takes positions; a stand-in for the cache corrects it.
         takes_logits_to_keep: The forward can compute the logits of chosen rows alone.
+        siblings: Paths of linear layers that read the same tensor, a tuple for each group, in
+            order of their calls.
         evidence: Sentences that say how facts were learned where it was not plain sight.
         limits: Sentences that say what is refused, and why.
     """
@@ -56,5 +58,6 @@ class ModelSpec:
     position_modules: tuple[str, ...] = ()
     past_length_seam: bool = False
     takes_logits_to_keep: bool = True
+    siblings: tuple[tuple[str, ...], ...] = ()
     evidence: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()

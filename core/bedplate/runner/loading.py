@@ -82,6 +82,7 @@ def load_ready(
         progress=progress,
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
+        together=() if config.fusion == "off" else spec.siblings,
     )
     model = HFModel(loaded.module, spec, check=config.debug)
     with bound.runtime.inference_guard():

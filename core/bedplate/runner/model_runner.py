@@ -27,12 +27,16 @@ from bedplate.contract.attention import (
     AttentionProvider,
     AttentionRequest,
 )
-from bedplate.contract.decisions import Candidate, Decision
 from bedplate.contract.graph import GraphRunnerRequest
 from bedplate.contract.memory import AllocatorRequest, KVPoolRequest
 from bedplate.errors import BedplateError, ContractError, DeviceMemoryError
 from bedplate.graph.buckets import capture_sizes, first_sizes, memory_class, pad_to
-from bedplate.graph.prompts import PromptGraphs, first_token_sizes, token_sizes
+from bedplate.graph.prompts import (
+    PromptGraphs,
+    first_token_sizes,
+    prompts_decision,
+    token_sizes,
+)
 from bedplate.memory.factory import make_allocator, make_kv_pool
 from bedplate.memory.req_to_token import ReqToTokenPool
 from bedplate.memory.sizing import cell_bytes
@@ -133,6 +137,7 @@ class ModelRunner:
         self._provider: AttentionProvider | None = None
         self._resident: ForwardBatch | None = None
         self._padded: Counter[int] = Counter()
+        self._token_sizes: tuple[int, ...] | None = None
 
     def stages(self) -> tuple[tuple[str, Callable[[], None]], ...]:
         """The start-up, in order.
@@ -197,6 +202,9 @@ class ModelRunner:
         if runner is not None:
             prompts = self._make_prompt_graphs(runner)
             self._rehearse(runner, sizes, prompts)
+            if prompts is not None and self.config.capture_tokens is None:
+                self._token_sizes = prompts.worth_it()
+                prompts = self._make_prompt_graphs(runner)
             before = self.bound.runtime.memory().free_bytes
             runner.capture(first=())
             if prompts is not None:
@@ -272,7 +280,7 @@ class ModelRunner:
             return
         prompts = self.prompt_graphs = self._make_prompt_graphs(self.graph_runner)
         with self.decisions.choosing("prompt_graphs") as decide:
-            decide(_prompts_decision(prompts, self.config, self.attention))
+            decide(prompts_decision(prompts, self._why_no_prompts()))
         if prompts is not None:  # these first: their pool serves all others
             prompts.capture(first_token_sizes(prompts.sizes))
         self.graph_runner.capture(first=first_sizes(sizes))
@@ -517,6 +525,8 @@ class ModelRunner:
         """``None`` where attention bakes lengths in, or nobody wants them."""
         sizes = self.config.capture_tokens
         if sizes is None:
+            sizes = self._token_sizes
+        if sizes is None:
             sizes = token_sizes(self._longest_prompt())
         if not sizes or not self.attention.extend_recordable:
             return None
@@ -527,30 +537,16 @@ class ModelRunner:
             max_requests=self.plan.max_running_requests,
         )
 
+    def _why_no_prompts(self) -> str:
+        if not self.attention.extend_recordable:
+            name = type(self.attention).__name__
+            return f"{name} bakes the lengths of a pass into what it launches"
+        if self._token_sizes == ():
+            return "the device takes longer for a pass than the host for launching it"
+        return "no size is asked for"
+
     def _report(self, what: str) -> Callable[[int, int], None] | None:
         progress = self._progress
         if progress is None:
             return None
         return lambda done, total: progress(what, done, total)
-
-
-def _prompts_decision(
-    prompts: PromptGraphs | None, config: EngineConfig, attention: AttentionBackend
-) -> Decision:
-    """Which prompt passes are recorded, or why none is."""
-    if prompts is not None:
-        whose = "the default" if config.capture_tokens is None else "given"
-        sizes = Candidate(name="on", verdict="chosen", reason=f"{len(prompts.sizes)} sizes")
-        detail = {"tokens": ", ".join(map(str, prompts.sizes)), "source": whose}
-        return Decision(point="prompt_graphs", chosen="on", candidates=(sizes,), detail=detail)
-    reason = "no size is asked for"
-    if not attention.extend_recordable:
-        reason = f"{type(attention).__name__} bakes the lengths of a pass into what it launches"
-    return Decision(
-        point="prompt_graphs",
-        chosen="off",
-        candidates=(
-            Candidate(name="on", verdict="refused", reason=reason),
-            Candidate(name="off", verdict="chosen", reason="prompts run eagerly"),
-        ),
-    )

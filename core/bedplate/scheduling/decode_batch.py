@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Int64Array = npt.NDArray[np.int64]
 
 
-_SORTED_FROM = 32
+_SORTED_FROM = 64
 """Attention cuts the requests of smaller batches into several pieces of work each."""
 _MOVES_A_SORT = 1 / 8
 """Members are sorted when so large a share of them has moved: each sort sends all of them to

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from bedplate.batch.forward_mode import CaptureHiddenMode, ForwardMode
 from bedplate.errors import ReplayError
 from bedplate.graph.keys import Refusal
 from bedplate.graph.prompts import PromptGraphs, first_token_sizes, token_sizes
+from bedplate.testing.graphs import CountingRuntime
 from bedplate.testing.tiny_decoder import prompt_batch
 
 SIZES = (4, 8, 12)
@@ -193,3 +195,36 @@ def test_rehearsal_runs_every_size_and_records_none(made):
     prompts.rehearse()
     assert [batch.num_tokens for batch in it.seen] == list(SIZES)
     assert prompts.captured == ()
+
+
+class Clocked(CountingRuntime):
+    """Work takes the device ``seconds_a_token`` after it was launched."""
+
+    def __init__(self, clock, seconds_a_token):
+        super().__init__()
+        self.clock, self.seconds_a_token, self.tokens = clock, seconds_a_token, 0
+
+    def synchronize(self):
+        self.clock.now += self.tokens * self.seconds_a_token
+        self.tokens = 0
+
+
+@pytest.mark.parametrize(
+    ("seconds_a_token", "sizes"),
+    [(0.0, SIZES), (0.2 / 12, SIZES), (0.2 / 8, (4, 8)), (0.2 / 4, (4,)), (1.0, ())],
+)
+def test_only_what_waits_for_the_host_is_worth_it(made, monkeypatch, seconds_a_token, sizes):
+    """Launching takes the host a second here."""
+    it, prompts = made
+    clock = SimpleNamespace(now=0.0)
+    runtime = Clocked(clock, seconds_a_token)
+    it.runner.request = dataclasses.replace(it.runner.request, runtime=runtime)
+
+    def forward(batch):
+        clock.now += 1.0
+        runtime.tokens += batch.num_tokens
+        return it.forward(batch)
+
+    prompts._forward = forward
+    monkeypatch.setattr("bedplate.graph.prompts.perf_counter", lambda: clock.now)
+    assert prompts.worth_it() == sizes

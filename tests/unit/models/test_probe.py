@@ -263,3 +263,13 @@ def test_a_mask_that_the_model_changes_is_refused():
 
 def test_default_configuration_of_llama_is_served():
     assert len(probe(llama.LlamaForCausalLM, LlamaConfig()).calls) == 32
+
+
+def test_linears_that_read_the_same_are_siblings():
+    first = probe(*tiny("llama")).siblings[:2]
+    layer = "model.layers.0"
+    assert first == (
+        tuple(f"{layer}.self_attn.{name}_proj" for name in "qkv"),
+        (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
+    )
+    assert probe(*tiny("phi3")).siblings == (), "it has them merged"

@@ -237,6 +237,7 @@ def test_prompts_are_recorded_where_attention_can_be():
         assert made.run(replace(prompt, logits_rows=None))[1:] == (None, "logits-rows")
     decision = decision_of(made)
     assert (decision.chosen, decision.detail["tokens"]) == ("on", "32, 48")
+    assert "up to 48 tokens" in decision.candidates[0].reason
     assert made.idle() is False
     made.bound.shutdown()
 

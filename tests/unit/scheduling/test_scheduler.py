@@ -156,11 +156,11 @@ def test_prompts_share_a_pass_and_extend_goes_before_decode():
 def test_the_longest_of_many_stand_first_and_each_keeps_its_own():
     """Also while they join and leave; they are sorted afresh when an eighth has moved."""
     rng = np.random.default_rng(3)
-    scheduler = make(tokens=8192, rows=48, context=160, budget=64)
+    scheduler = make(tokens=8192, rows=96, context=160, budget=64)
     scheduler.numbers = iter(range(1, 1000))
     requests = [
         add(scheduler, rng.integers(10, 99, size=size).tolist(), max_tokens=int(most))
-        for size, most in rng.integers(1, 60, size=(90, 2))
+        for size, most in rng.integers(1, 60, size=(190, 2))
     ]
     disorder = []
     while scheduler.has_requests:
@@ -172,7 +172,7 @@ def test_the_longest_of_many_stand_first_and_each_keeps_its_own():
             assert batch.positions.tolist() == last.tolist()
             assert batch.input_ids.tolist() == table.tokens[rows, last].tolist()
             assert batch.out_cache_loc.tolist() == table.slots[rows * 160 + last].tolist()
-            if len(lens) >= 32:
+            if len(lens) >= 64:
                 steps = np.diff(batch.seq_lens) > 0
                 disorder.append(steps.sum() / len(lens))
         tokens = rng.integers(100, 200, size=batch.batch_size)
@@ -180,7 +180,7 @@ def test_the_longest_of_many_stand_first_and_each_keeps_its_own():
             tokens[~batch.sample] = -1
         scheduler.apply(StepOutput(next_token_ids=tokens))
     assert len(disorder) > 10
-    assert max(disorder) <= 1 / 8 + 1 / 32
+    assert max(disorder) <= 1 / 8 + 1 / 64
     assert all(len(request.output) == request.params.max_tokens for request in requests)
 
 

@@ -25,7 +25,7 @@ from bedplate.models.checkpoint_names import load_rules
 from bedplate.models.weights.folder import require_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from bedplate.models.weights.sources import TensorInfo
@@ -122,12 +122,24 @@ def build_module(
     return module.eval()
 
 
-def allocate(module: nn.Module, device: torch.device) -> None:
+def allocate(
+    module: nn.Module, device: torch.device, together: Iterable[Sequence[str]] = ()
+) -> None:
     """Give every meta parameter its storage on ``device``, once, and move buffers there.
 
     The values are whatever the memory held. Ties between parameters are kept.
+
+    Args:
+        module: The model.
+        device: Where to.
+        together: Paths of modules whose weights follow each other in one storage, where they
+            can: what merges them later then moves nothing.
     """
     made: dict[int, nn.Parameter] = {}
+    for paths in together:
+        weights = [module.get_submodule(path).weight for path in paths]
+        if not any(id(weight) in made for weight in weights):
+            made.update(_adjacent(weights, device))
     for _, parameters, name, parameter in _slots(module):
         if id(parameter) not in made:
             made[id(parameter)] = _parameter(
@@ -142,6 +154,18 @@ def allocate(module: nn.Module, device: torch.device) -> None:
                 if isinstance(value, Tensor)
             }
             store.update(moved)
+
+
+def _adjacent(weights: Sequence[Any], device: torch.device) -> dict[int, nn.Parameter]:
+    """Parameters over one storage by identity of what they replace; none if unlike or tied."""
+    alike = {(weight.shape[1:], weight.dtype) for weight in weights}
+    if len(alike) > 1 or len({id(weight) for weight in weights}) < len(weights):
+        return {}
+    rows = [len(weight) for weight in weights]
+    like = weights[0]
+    merged = torch.empty((sum(rows), *like.shape[1:]), dtype=like.dtype, device=device)
+    parts = torch.split(merged, rows)
+    return {id(w): _parameter(part, w) for w, part in zip(weights, parts, strict=True)}
 
 
 def untie(module: nn.Module, name: str) -> None:

@@ -33,7 +33,7 @@ from bedplate.models.weights.index import WeightIndex
 from bedplate.models.weights.sources import SafetensorsSource, WeightSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from bedplate.models.weights.assign import AssignmentPlan
 
@@ -71,6 +71,7 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     seed: int = 0,
+    together: Iterable[Sequence[str]] = (),
 ) -> LoadedModel:
     """Build the model and fill its weights.
 
@@ -84,6 +85,7 @@ def load_model(
         trust_remote_code: Whether Python files of the folder may run.
         attn_implementation: Name of an attention interface; transformers' choice if ``None``.
         seed: Of dummy weights.
+        together: Paths of modules whose weights are put side by side; see ``build.allocate``.
 
     Raises:
         ModelNotFoundError: No folder, no config, or no safetensors.
@@ -117,6 +119,7 @@ def load_model(
             source or DummySource(module, seed=seed, device=device),
             torch.device(device),
             progress,
+            together,
         )
     generation_config = _generation_config(folder, config)
     module.generation_config = generation_config
@@ -134,6 +137,7 @@ def _fill(
     source: WeightSource,
     device: torch.device,
     progress: Callable[[int, int], None] | None,
+    together: Iterable[Sequence[str]],
 ) -> WeightIndex:
     dummy = isinstance(source, DummySource)
     plan = WeightIndex(module).plan(source, exact=dummy, complete=not dummy)
@@ -145,7 +149,7 @@ def _fill(
             "Compare config.json with the checkpoint it came with.",
         )
     # Everything fits: only now take the memory. Names, and so the plan, stay the same.
-    allocate(module, device)
+    allocate(module, device, together)
     index = WeightIndex(module)
     index.write(plan, source, progress=progress)
     return index

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bedplate.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, WeightsError
+from bedplate.models.fusion.merge import merge_linears
 from bedplate.models.weights import load_model
 
 KINDS = ["llama", "qwen2", "tied", "mixtral", "qwen3_moe"]
@@ -317,3 +318,31 @@ class TestDummy:
         weight = load_model(config_of(), load_format="dummy").module.lm_head.weight
         assert torch.equal(weight.flatten()[:61], weight.flatten()[61:122])
         assert not torch.equal(weight[0], weight[1])
+
+
+def test_weights_that_will_be_merged_are_put_side_by_side(checkpoint):
+    _, folder = checkpoint("qwen2")
+    names = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
+    apart, together = load_model(folder), load_model(folder, together=[names])
+    weights = [together.module.get_submodule(name).weight for name in names]
+    storage = weights[0].untyped_storage()
+    assert {weight.untyped_storage().data_ptr() for weight in weights} == {storage.data_ptr()}
+    assert storage.nbytes() == sum(weight.nbytes for weight in weights)
+    merged = merge_linears([together.module.get_submodule(name) for name in names])
+    assert merged.weight.data_ptr() == storage.data_ptr()
+    for name, value in apart.module.state_dict().items():
+        assert torch.equal(together.index.get(name), value), name
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"],
+     ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"]],
+    ids=["unlike", "one twice"],
+)  # fmt: skip
+def test_weights_that_cannot_be_put_side_by_side_stay_apart(checkpoint, names):
+    _, folder = checkpoint("llama")
+    loaded = load_model(folder, together=[names])
+    for name in names:
+        weight = loaded.module.get_submodule(name).weight
+        assert weight.untyped_storage().nbytes() == weight.nbytes
