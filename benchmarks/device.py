@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,7 +73,16 @@ def recorded_us(functions: Sequence[Callable[[], object]], repeats: int = 20) ->
 
 
 def measure_ceilings() -> Ceilings:
-    """Copy, read and multiply as fast as torch does."""
+    """Copy, read and multiply as fast as torch does.
+
+    In a process of its own: libraries would keep parts of its large blocks for ever, and the
+    memory of an engine could no longer be told from them.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_measure_here).result()
+
+
+def _measure_here() -> Ceilings:
     copy, read = _memory_tbs()
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     tflops = 2 * 8192**3 / time_us(lambda: a @ b) / 1e6

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 MOST_REQUESTS = 64
 """Requests of a recorded pass; its head computes the logits of so many rows."""
-LARGEST = 2048
+LARGEST = 4096
 """Most tokens of a recorded pass; more would take much memory for little gain."""
 _HOST_SHARE = 0.8
 """Least share of the host in an eager pass that is worth recording."""
