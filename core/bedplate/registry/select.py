@@ -236,7 +236,11 @@ def _only_by_name(record: PluginRecord) -> bool:
 
 
 def _seems_present(record: PluginRecord) -> bool:
-    return record.probe is not None and not record.probe.only_by_name and (record.probe.present or record.probe.score > 0)
+    return (
+        record.probe is not None
+        and not record.probe.only_by_name
+        and (record.probe.present or record.probe.score > 0)
+    )
 
 
 def _class_of(record: PluginRecord) -> int:

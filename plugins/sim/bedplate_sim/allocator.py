@@ -169,7 +169,11 @@ def _size(block: Block) -> int:
 
 def poison(memory: Tensor) -> None:
     """Overwrite a host tensor over device memory, or a part of it, by what nobody can miss."""
-    if memory.is_contiguous() and memory.nbytes % 2 == 0 and memory.storage_offset() * memory.itemsize % 2 == 0:
+    if (
+        memory.is_contiguous()
+        and memory.nbytes % 2 == 0
+        and memory.storage_offset() * memory.itemsize % 2 == 0
+    ):
         memory.view(-1).view(torch.uint8).view(torch.int16).fill_(_POISON)
     elif memory.is_floating_point():
         memory.fill_(float("nan"))

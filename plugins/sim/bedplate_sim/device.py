@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bedplate.errors import BackendError, CaptureError
 from bedplate_sim.allocator import Allocation, Allocator, Block, Pool, poison
+from bedplate_sim.options import FAULTS
 from bedplate_sim.races import Access, Clock, RaceError, check, merge, note
 from bedplate_sim.schedules import make_schedule
 
@@ -148,7 +149,7 @@ class Device:
         self._numbers = count()
         self._lost: BaseException | None = None
         self._faults: dict[str, int] = {}
-        for what in ("allocation", "capture", "replay", "launch"):
+        for what in FAULTS:
             self.fail(what, getattr(options, f"fail_{what}"))
         self.home = self.new_stream()
 
@@ -220,7 +221,9 @@ class Device:
                 with torch.no_grad():
                     task.run()
             except Exception as error:
-                error.add_note(f"in {task.name}, on stream {stream.number} of a simulated device")
+                error.add_note(
+                    f"in {task.name}, on stream {stream.number} of a simulated device"
+                )
                 self._lost = error
         with self.lock:
             stream.tasks.popleft()
@@ -236,15 +239,21 @@ class Device:
         self.forbid_in_capture(why, "waits for the device")
         with self.lock:
             self.waits[why] += 1
-            self.schedule.finish(event.stream, event.number)
-            merge(self.host_clock, event.clock)
+            self._finish(event)
             self._require_alive()
 
     def synchronize(self) -> None:
         """Let the host wait for everything."""
         self.forbid_in_capture("synchronize", "waits for the device")
-        for stream in tuple(self.streams):
-            self.finish(Event(self, stream), "synchronize")
+        with self.lock:
+            self.waits["synchronize"] += 1
+            for stream in self.streams:
+                self._finish(Event(self, stream))
+            self._require_alive()
+
+    def _finish(self, event: Event) -> None:
+        self.schedule.finish(event.stream, event.number)
+        merge(self.host_clock, event.clock)
 
     def read(self, name: str) -> None:
         """Let the host wait because an operation reads values.
@@ -316,19 +325,19 @@ class Device:
         """The pinned memory that a host tensor lies in, if it does."""
         return self._pinned.get(tensor.untyped_storage().data_ptr())
 
-    def touch_from_host(self, block: Block, name: str) -> None:
-        """The host reads or writes pinned memory.
+    def touch_from_host(self, block: Block, name: str, *, write: bool) -> None:
+        """The host reads pinned memory, or could write it.
 
         Raises:
             RaceError: Queued work still uses it.
         """
         with self.lock:
-            check(block, self.host_clock, name, write=True)
+            check(block, self.host_clock, name, write=write)
 
     # Faults.
 
     def fail(self, what: str, after: int) -> None:
-        """Fail at the n-th ``allocation``, ``capture``, ``replay`` or ``launch`` from now; 0 = never."""
+        """Let the n-th of ``options.FAULTS`` from now on fail; 0 = never."""
         self._faults[what] = after
 
     def strikes(self, what: str) -> bool:

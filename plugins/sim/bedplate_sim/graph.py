@@ -75,7 +75,7 @@ class Tape:
 
 
 class SimGraphRunner(GraphRunner):
-    """One tape per bucket and hidden mode, all from one pool, captured on a stream of their own."""
+    """One tape per bucket and hidden mode, all from one pool, captured on a side stream."""
 
     def __init__(self, request: GraphRunnerRequest) -> None:
         super().__init__(request)

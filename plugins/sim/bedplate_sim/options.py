@@ -95,21 +95,18 @@ def _from_text(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (p.partition("=") for p in parts)}
 
 
-def _value(name: str, value: Any, kind: type) -> Any:
-    if kind is not str and isinstance(value, str):
-        value = _number(value)
-    elif kind is str and isinstance(value, list | tuple):
-        value = "+".join(map(str, value))
-    elif kind is str:
-        value = str(value)
-    if kind is bool and value in (0, 1):
-        value = bool(value)
+def _value(name: str, given: Any, kind: type) -> Any:
+    value = given
+    if kind is str:
+        value = "+".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
+    elif isinstance(given, str):
+        value = _number(given)
     allowed = _ALLOWED.get(name)
-    wrong = not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0))
-    if wrong or (allowed is not None and value not in allowed):
+    negative = kind is int and isinstance(value, int) and value < 0
+    if type(value) is not kind or negative or (allowed is not None and value not in allowed):
         forms = {int: "an integer from 0 on", bool: "true or false", str: "text"}
         raise ConfigError(
-            f"Option {name} of backend 'sim' is {value!r}, but must be "
+            f"Option {name} of backend 'sim' is {given!r}, but must be "
             f"{' or '.join(allowed) if allowed else forms[kind]}"
         )
     return value

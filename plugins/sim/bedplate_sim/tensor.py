@@ -8,10 +8,10 @@ are made at once, since they touch no memory; shapes of results come from torch'
 
 from __future__ import annotations
 
-__all__ = ["DEVICE_TYPE", "PinnedTensor", "SimTensor", "devices", "empty", "install", "kernel"]
+__all__ = ["DEVICE_TYPE", "PinnedTensor", "SimTensor", "devices", "install", "kernel"]
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from bedplate.errors import BackendUnavailableError, UnsupportedError
 from bedplate_sim.allocator import poison
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from bedplate_sim.allocator import Allocation, Block
     from bedplate_sim.device import Device
@@ -51,12 +51,12 @@ class SimTensor(Tensor):
     backing: Tensor
     memory: Allocation
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, real: Tensor, memory: Allocation, device: torch.device) -> SimTensor:
+    def __new__(cls, real: Tensor, memory: Allocation, device: torch.device) -> Self:
         """Wrap a tensor over device memory."""
-        self: SimTensor = Tensor._make_wrapper_subclass(
+        self: Self = Tensor._make_wrapper_subclass(
             cls, real.shape, strides=real.stride(), storage_offset=real.storage_offset(),
             dtype=real.dtype, device=device,
         )  # fmt: skip
@@ -67,7 +67,7 @@ class SimTensor(Tensor):
         self.backing, self.memory = real, memory
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Queue one operation."""
@@ -84,7 +84,8 @@ class SimTensor(Tensor):
         return self.detach()
 
     @data.setter
-    def data(self, value: SimTensor) -> None:
+    def data(self, value: Tensor) -> None:
+        assert isinstance(value, SimTensor)
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self._adopt(value.backing, value.memory)
 
@@ -116,8 +117,10 @@ class SimTensor(Tensor):
         memo[id(self)] = copied
         return copied
 
-    def __repr__(self, **_: Any) -> str:
-        return f"SimTensor({list(self.shape)}, {self.dtype}, {self.device}, {self.data_ptr():#x})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return (
+            f"SimTensor({list(self.shape)}, {self.dtype}, {self.device}, {self.data_ptr():#x})"
+        )
 
 
 class PinnedTensor(Tensor):
@@ -128,16 +131,23 @@ class PinnedTensor(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Views stay pinned; whoever looks inside must have waited."""
+        kwargs, name = kwargs or {}, func.__name__
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _LOOKS:
-                _check_pinned(args[0], f"Tensor.{func.__name__}")
-            result = func(*args, **(kwargs or {}))
-        if type(result) is Tensor and _pinned(result) is not None:
-            return result.as_subclass(cls)
+            tensors = list(_tensors((args, kwargs)))
+            if name not in _KEEPS_OUT and not any(isinstance(t, SimTensor) for t in tensors):
+                for tensor in tensors:
+                    _check_look(tensor, name)
+            result = func(*args, **kwargs)
+            if type(result) is Tensor and _pinned(result) is not None:
+                return result.as_subclass(cls)
         return result
 
 
-_LOOKS = {Tensor.numpy, Tensor.tolist, Tensor.item, Tensor.__array__, Tensor.clone, Tensor.to}
+_KEEPS_OUT = frozenset(
+    ("__get__", "__getitem__", "__len__", "as_subclass", "data_ptr", "detach", "dim", "narrow",
+     "numel", "size", "stride", "storage_offset", "to", "untyped_storage", "view")
+)  # fmt: skip
+"""Functions that see no values of their tensor."""
 
 
 class _Form(NamedTuple):
@@ -151,7 +161,7 @@ class _Form(NamedTuple):
     writes: tuple[tuple[int, str], ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _form(func: Any) -> _Form:
     schema = func._schema
     writes = tuple(
@@ -184,37 +194,39 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise UnsupportedError(f"{form.name} changes a tensor's shape in place: not simulated")
     if form.view:
         owner = next(tensor for tensor in tensors if isinstance(tensor, SimTensor))
-        result = func(*_map(_real, args), **_map(_real, kwargs))
+        result = func(*_map(_backing, args), **_map(_backing, kwargs))
         return _map(lambda real: SimTensor(real, owner.memory, device.torch_device), result)
     if func is torch.ops.aten.copy_.default:
         return _copy(device, *args, **kwargs)
     if func is torch.ops.aten._to_copy.default and _target(kwargs).type == "cpu":
         return _to_host(device, form.name, args[0], kwargs)
-    reals = (_map(_value, args), _map(_value, {**kwargs, **_on(kwargs, _CPU)}))
-    _refuse_mixture(form.name, tensors)
+    values = (_map(_value, args), _map(_value, {**kwargs, **_on(kwargs, _CPU)}))
+    _refuse_mixture(device, form, tensors)
     if form.unsized:
-        return _read(device, form, func, reals)
+        return _read(device, form, func, values)
     try:
         shapes = _shapes(func, args, kwargs)
     except NotImplementedError:  # the shape of the result depends on values
-        return _read(device, form, func, reals)
+        return _read(device, form, func, values)
     written = [_argument(args, kwargs, place, name) for place, name in form.writes]
     if written:
-        _queue(device, form.name, lambda: func(*reals[0], **reals[1]), tensors, written)
+        _queue(
+            device, form.name, lambda: func(*values[0], **values[1]), _blocks(tensors), written
+        )
         returned = [None] if shapes is None else written
         return returned[0] if len(returned) == 1 else tuple(returned)
     fresh = _map(lambda shape: _empty_like(device, shape), shapes)
-    targets = list(_tensors(fresh))
+    targets = [_backing(target) for target in _tensors(fresh)]
 
     def run() -> None:
         if form.fresh:
-            poison(targets[0].backing)
+            poison(targets[0])
             return
-        results = _tensors(func(*reals[0], **reals[1]))
-        for target, value in zip(targets, results, strict=True):
-            target.backing.copy_(value)
+        results = _tensors(func(*values[0], **values[1]))
+        for target, result in zip(targets, results, strict=True):
+            target.copy_(result)
 
-    _queue(device, form.name, run, tensors, targets)
+    _queue(device, form.name, run, _blocks(tensors), fresh)
     return fresh
 
 
@@ -224,17 +236,13 @@ _known_shapes: dict[Any, Any] = {}
 def _shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Results on the meta device, remembered: a model asks the same for every layer."""
     key = (func, _signature(args), _signature(kwargs))
-    try:
-        if key in _known_shapes:
-            return _known_shapes[key]
-    except TypeError:  # an argument that cannot be a key
-        key = None
-    shapes = func(*_map(_meta, args), **_map(_meta, {**kwargs, **_on(kwargs, _META)}))
-    if key is not None:
+    if key not in _known_shapes:
         if len(_known_shapes) >= _MOST_SHAPES:
             _known_shapes.clear()
-        _known_shapes[key] = shapes
-    return shapes
+        _known_shapes[key] = func(
+            *_map(_meta, args), **_map(_meta, {**kwargs, **_on(kwargs, _META)})
+        )
+    return _known_shapes[key]
 
 
 def _signature(tree: Any) -> Any:
@@ -261,14 +269,9 @@ def kernel(
     """
     tensors = [tensor for tensor in reads if tensor is not None]
     device = _device([*tensors, out], {})
-    reals = [None if tensor is None else _real(tensor) for tensor in (*reads, out)]
-    _queue(device, name, lambda: run(*reals), tensors, [out])
+    reals = [None if tensor is None else _backing(tensor) for tensor in (*reads, out)]
+    _queue(device, name, lambda: run(*reals), _blocks(tensors), [out])
     return out
-
-
-def empty(device: Device, shape: Sequence[int], dtype: torch.dtype) -> SimTensor:
-    """New memory, not initialised."""
-    return _empty_like(device, torch.empty(shape, dtype=dtype, device=_META))
 
 
 def install() -> None:
@@ -289,9 +292,9 @@ def install() -> None:
             "from loading it",
             code="HW011",
         )
-    torch._register_device_module(DEVICE_TYPE, _DummyBackendModule())
+    torch._register_device_module(DEVICE_TYPE, _DummyBackendModule())  # type: ignore[no-untyped-call]
     torch._C._acc.register_python_privateuseone_device_guard(_DummyDeviceGuard())
-    library = torch.library.Library("aten", "IMPL")  # noqa: TOR901 - lives as long as we do
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     for name in _FACTORIES:
         packet, _, overload = name.partition(".")
         func = getattr(getattr(torch.ops.aten, packet), overload or "default")
@@ -307,12 +310,17 @@ def _queue(
     device: Device,
     name: str,
     run: Callable[[], object],
-    reads: Sequence[Tensor],
-    writes: Sequence[Any],
+    reads: Iterable[Block | None],
+    writes: Any,
 ) -> None:
-    written = [t.block for t in _tensors(writes) if isinstance(t, SimTensor)]
-    read = [t.block for t in reads if isinstance(t, SimTensor)]
-    device.launch(name, run, [block for block in read if block not in written], written)
+    written = _blocks(_tensors(writes))
+    device.launch(
+        name, run, [block for block in reads if block and block not in written], written
+    )
+
+
+def _blocks(tensors: Iterable[Tensor]) -> list[Block]:
+    return [tensor.block for tensor in tensors if isinstance(tensor, SimTensor)]
 
 
 def _copy(device: Device, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -325,38 +333,44 @@ def _copy(device: Device, target: Tensor, source: Tensor, non_blocking: bool = F
         block = device.pinned(target)
         if block is None or not non_blocking:
             device.read(f"{name} to the host")
-            _plain(target).copy_(_real(source))
+            _plain(target).copy_(_backing(source))
         else:
-            device.touch_from_host(block, name)
-            real, plain = _real(source), _plain(target)
+            device.touch_from_host(block, name, write=True)
+            real, plain = _backing(source), _plain(target)
             poison(plain)
             device.launch(name, lambda: plain.copy_(real), [source.block], [block])  # type: ignore[attr-defined]
         return target
-    block = None if isinstance(source, SimTensor) else device.pinned(source)
-    late = isinstance(source, SimTensor) or (block is not None and non_blocking)
-    real, values = target.backing, _real(source) if late else _plain(source).clone()
-    torch.broadcast_shapes(target.shape, source.shape)
-    reads = [source.block] if isinstance(source, SimTensor) else [block] if block and late else []
-    reads = [each for each in reads if each is not target.block]
-    device.launch(name, lambda: real.copy_(values), reads, [target.block])
+    source.expand(target.shape)  # a shape that does not fit is refused now, not when it runs
+    block = source.block if isinstance(source, SimTensor) else device.pinned(source)
+    if isinstance(source, SimTensor) or (block is not None and non_blocking):
+        values, reads = _backing(source), [block]
+    else:
+        if block is not None:
+            device.touch_from_host(block, name, write=False)
+        values, reads = _plain(source).clone(), []
+    real = target.backing
+    _queue(device, name, lambda: real.copy_(values), reads, [target])
     return target
 
 
 def _to_host(device: Device, name: str, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
     device.read(f"{name} to the host")
-    rest = {key: kwargs[key] for key in ("dtype", "memory_format") if kwargs.get(key) is not None}
-    return torch.ops.aten._to_copy.default(_real(source), **rest)  # type: ignore[no-any-return]
+    rest = {
+        key: kwargs[key] for key in ("dtype", "memory_format") if kwargs.get(key) is not None
+    }
+    return torch.ops.aten._to_copy.default(_backing(source), **rest)  # type: ignore[no-any-return]
 
 
-def _read(device: Device, form: _Form, func: Any, reals: tuple[Any, Any]) -> Any:
+def _read(device: Device, form: _Form, func: Any, values: tuple[Any, Any]) -> Any:
     """An operation whose result the host must see before it can go on."""
     device.read(form.name)
-    return _map(lambda value: _filled(device, value), func(*reals[0], **reals[1]))
+    return _map(lambda value: _filled(device, value), func(*values[0], **values[1]))
 
 
 def _filled(device: Device, value: Tensor) -> SimTensor:
     target = _empty_like(device, value)
-    _queue(device, "result", lambda: target.backing.copy_(value), (), (target,))
+    backing = target.backing
+    _queue(device, "result", lambda: backing.copy_(value), (), target)
     return target
 
 
@@ -389,7 +403,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
         yield from _tensors(tuple(tree.values()))
 
 
-def _real(tensor: Tensor) -> Tensor:
+def _backing(tensor: Tensor) -> Tensor:
     return tensor.backing if isinstance(tensor, SimTensor) else _plain(tensor)
 
 
@@ -398,7 +412,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _value(tensor: Tensor) -> Tensor:
-    """What the work sees of an argument; numbers on the host are taken along as they are now."""
+    """What the work sees of an argument; a number of the host is taken along as it is now."""
     return tensor.backing if isinstance(tensor, SimTensor) else _plain(tensor).clone()
 
 
@@ -422,10 +436,20 @@ def _on(kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _device(tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> Device:
-    for tensor in tensors:
-        if isinstance(tensor, SimTensor):
-            return _taken(tensor.device.index)
-    return _taken(_target(kwargs).index or 0)
+    """The device of an operation.
+
+    Raises:
+        UnsupportedError: It is about several.
+    """
+    named = [_target(kwargs)] if kwargs.get("device") is not None else []
+    found = [tensor.device for tensor in tensors if isinstance(tensor, SimTensor)] + named
+    indices = {device.index or 0 for device in found if device.type == DEVICE_TYPE}
+    if len(indices) > 1:
+        raise UnsupportedError(
+            f"an operation is about the simulated devices {sorted(indices)}; copy by way of the "
+            "host"
+        )
+    return _taken(indices.pop() if indices else 0)
 
 
 def _taken(index: int) -> Device:
@@ -436,13 +460,17 @@ def _taken(index: int) -> Device:
     return devices[index]
 
 
-def _refuse_mixture(name: str, tensors: Sequence[Tensor]) -> None:
+def _refuse_mixture(device: Device, form: _Form, tensors: Sequence[Tensor]) -> None:
+    """Of the host an operation takes single numbers, and positions to index at."""
     for tensor in tensors:
-        if not isinstance(tensor, SimTensor) and tensor.dim():
+        if isinstance(tensor, SimTensor) or not tensor.dim():
+            continue
+        if not form.name.startswith("aten.index"):
             raise UnsupportedError(
-                f"{name} got a tensor {list(tensor.shape)} of the host among those of the "
+                f"{form.name} got a tensor {list(tensor.shape)} of the host among those of the "
                 "device. Copy it to the device first"
             )
+        device.forbid_in_capture(form.name, "takes positions from the host")
 
 
 def _pinned(tensor: Tensor) -> tuple[Device, Block] | None:
@@ -453,8 +481,10 @@ def _pinned(tensor: Tensor) -> tuple[Device, Block] | None:
     return None
 
 
-def _check_pinned(tensor: Tensor, name: str) -> None:
+def _check_look(tensor: Tensor, name: str) -> None:
+    """Refuse the host what queued work still writes, and to write what it still reads."""
     found = _pinned(tensor)
     if found is not None:
         device, block = found
-        device.touch_from_host(block, f"{name} of pinned memory")
+        write = name in ("numpy", "__setitem__") or name.endswith("_")
+        device.touch_from_host(block, f"Tensor.{name} of pinned memory", write=write)
