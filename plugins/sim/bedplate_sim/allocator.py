@@ -169,12 +169,10 @@ def _size(block: Block) -> int:
 
 def poison(memory: Tensor) -> None:
     """Overwrite a host tensor over device memory, or a part of it, by what nobody can miss."""
-    if (
-        memory.is_contiguous()
-        and memory.nbytes % 2 == 0
-        and memory.storage_offset() * memory.itemsize % 2 == 0
-    ):
-        memory.view(-1).view(torch.uint8).view(torch.int16).fill_(_POISON)
+    begin, size = memory.storage_offset() * memory.itemsize, memory.nbytes
+    if memory.is_contiguous() and begin % 2 == size % 2 == 0:
+        words = torch.empty(0, dtype=torch.int16)
+        words.set_(memory.untyped_storage(), begin // 2, (size // 2,), (1,)).fill_(_POISON)
     elif memory.is_floating_point():
         memory.fill_(float("nan"))
     elif memory.dtype != torch.bool:

@@ -446,8 +446,8 @@ def _device(tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> Device:
     indices = {device.index or 0 for device in found if device.type == DEVICE_TYPE}
     if len(indices) > 1:
         raise UnsupportedError(
-            f"an operation is about the simulated devices {sorted(indices)}; copy by way of the "
-            "host"
+            f"an operation is about the simulated devices {sorted(indices)}. Copy by way of "
+            "the host"
         )
     return _taken(indices.pop() if indices else 0)
 

@@ -126,6 +126,18 @@ def test_fresh_and_freed_memory_is_poisoned(runtime, dtype, is_poison):
     assert is_poison(again.cpu()).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((3,), (1,)), ((0,), (1,)), ((2, 1), (1, 0)), ((2, 3), (1, 2)), ((), ())],
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16])
+def test_memory_of_any_shape_is_poisoned(lazy, shape, strides, dtype):
+    x = torch.empty_strided(shape, strides, dtype=dtype, device=lazy.device).cpu()
+    assert (
+        (x != x).all() if dtype.is_floating_point else (x > torch.iinfo(dtype).max * 0.4).all()
+    )
+
+
 MISTAKES = {
     "another shape": (lambda x: x + x[:, :3], RuntimeError, "length 3"),
     "a copy that does not fit": (lambda x: x.copy_(x[:, :3]), RuntimeError, "expand"),
