@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from bedplate.contract import ActivateRequest
 
 SCHEDULES = ("eager", "lazy", "random", "threaded")
+
+
+@pytest.fixture(autouse=True)
+def no_collections(monkeypatch):
+    """Full collections around captures would be most of the time of these tests."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 @pytest.fixture
