@@ -24,7 +24,7 @@ from bedplate.contract import (
     Support,
 )
 from bedplate.reference.attention import attend, store, visible
-from bedplate_sim.tensor import kernel
+from bedplate_sim.operations import kernel
 
 if TYPE_CHECKING:
     from bedplate.batch.forward_batch import ForwardBatch

@@ -19,7 +19,7 @@ from bedplate.contract import (
     MemoryStatus,
 )
 from bedplate.errors import BackendUnavailableError
-from bedplate_sim import tensor
+from bedplate_sim import operations, tensor
 from bedplate_sim.device import Device
 from bedplate_sim.options import read_options
 
@@ -43,7 +43,7 @@ class SimRuntime(DeviceRuntime):
 
     def __init__(self, request: ActivateRequest) -> None:
         options = read_options(request.options, request.environment)
-        tensor.install()
+        operations.install()
         index = request.device_index
         if index in tensor.devices:
             raise BackendUnavailableError(

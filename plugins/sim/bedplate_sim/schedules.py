@@ -7,7 +7,7 @@ device is free to choose.  What is right under each of them is ordered by more t
 
 from __future__ import annotations
 
-__all__ = ["Eager", "Lazy", "Random", "Schedule", "Threaded", "make_schedule"]
+__all__ = ["Eager", "Lazy", "Random", "Threaded", "make_schedule"]
 
 import random
 import threading
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Lazy:
-    """Nothing runs before somebody waits for it."""
+    """Nothing runs before somebody waits for it: the simplest schedule, and the base of all."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -39,10 +39,6 @@ class Lazy:
 
     def close(self) -> None:
         """No more work comes."""
-
-
-Schedule = Lazy
-"""What a schedule is asked; the laziest is the simplest."""
 
 
 class Eager(Lazy):
@@ -121,7 +117,7 @@ class Threaded(Lazy):
                 self._moved.notify_all()
 
 
-def make_schedule(name: str, device: Device, seed: int) -> Schedule:
+def make_schedule(name: str, device: Device, seed: int) -> Lazy:
     """The schedule of that name."""
     if name == "random":
         return Random(device, seed)

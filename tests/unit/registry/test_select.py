@@ -21,11 +21,9 @@ from bedplate.registry.select import (
 )
 
 
-def record(
-    name, score=50, *, present=False, code="HW010", devices=(), status="loaded", only_by_name=False
-):
+def record(name, score=50, *, present=False, code="HW010", devices=(), status="loaded", **more):
     probe = ProbeResult(
-        score=score, reasons=("broken",), present=present, only_by_name=only_by_name,
+        score=score, reasons=("broken",), present=present, **more,
         devices=tuple(DeviceFacts(index=i, name="d") for i in devices),
     )  # fmt: skip
     base = PluginRecord(
