@@ -107,12 +107,20 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if form.fresh:
             poison(targets[0])
             return
-        results = tensors_in(func(*values[0], **values[1]))
+        results = tensors_in(_compute(func, *values))
         for target, result in zip(targets, results, strict=True):
             target.copy_(result)
 
     _queue(device, form.name, run, _blocks(tensors), fresh)
     return fresh
+
+
+def _compute(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run on the host, in float64 where it lacks the form for a dtype that devices have."""
+    try:
+        return func(*args, **kwargs)
+    except NotImplementedError:
+        return func(*_map(Tensor.double, args), **_map(Tensor.double, kwargs))
 
 
 _known_shapes: dict[Any, Any] = {}
@@ -124,9 +132,13 @@ def _shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if key not in _known_shapes:
         if len(_known_shapes) >= _MOST_SHAPES:
             _known_shapes.clear()
-        _known_shapes[key] = func(
-            *_map(_meta, args), **_map(_meta, {**kwargs, **_on(kwargs, _META)})
-        )
+        metas = (_map(_meta, args), _map(_meta, {**kwargs, **_on(kwargs, _META)}))
+        if func is torch.ops.aten._grouped_mm.default:  # torch knows its shape in one dtype
+            a, b, *rest = metas[0]
+            shape = func(a.bfloat16(), b.bfloat16(), *rest, **metas[1])
+            _known_shapes[key] = shape.to(kwargs.get("out_dtype") or args[0].dtype)
+        else:
+            _known_shapes[key] = func(*metas[0], **metas[1])
     return _known_shapes[key]
 
 

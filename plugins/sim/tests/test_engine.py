@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from bedplate import Engine, SamplingParams
 from bedplate.scheduling.roster import Roster
@@ -12,7 +13,7 @@ from bedplate.testing.tiny_models import family, tiny_model
 
 SCHEDULES = ("eager", "lazy", "random", "threaded")
 LENGTHS = (5, 33, 1, 17, 40)
-NEW = 10
+NEW = 8
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ SETTINGS = {
 }
 CASES = [
     *((schedule, "whole steps") for schedule in SCHEDULES),
-    *((schedule, "tiny") for schedule in ("lazy", "random", "threaded")),
+    *((schedule, "tiny") for schedule in SCHEDULES),
     ("lazy", "a step at a time"),
     ("random", "eager"),
 ]
@@ -92,8 +93,8 @@ def test_tokens_are_those_of_the_host(folder, expected, schedule, settings, monk
     options = {"schedule": schedule, "seed": 11}
     engine = open_engine(folder, "sim", options, **SETTINGS[settings])
     try:
-        for name, sampling in SAMPLING.items():
-            assert answers(engine, **sampling) == expected[name]
+        for name in SAMPLING if settings == "whole steps" else ("greedy",):
+            assert answers(engine, **SAMPLING[name]) == expected[name]
         replays = engine.runner.graph_runner and engine.runner.graph_runner.stats.replays
         assert bool(replays) == (settings != "eager")
         assert bool(preempted) == (settings == "tiny")
@@ -143,3 +144,24 @@ def test_what_fails_ends_its_requests_only_until_the_device_is_lost(folder, expe
         assert "start a new engine" in again.error
     finally:
         engine.close()
+
+
+def test_graphs_see_weights_that_are_updated_in_place_and_refuse_those_that_moved(folder):
+    name = "model.layers.0.mlp.down_proj.weight"
+    answered = {}
+    for backend in ("cpu", "sim"):
+        with open_engine(folder, backend, {"host_reads": "force"}) as engine:
+            (old,) = (p for n, p in engine.runner.loaded.module.named_parameters() if n == name)
+            generator = torch.Generator().manual_seed(1)
+            new = torch.randn(old.shape, generator=generator) * 0.2
+            before = answers(engine)
+            assert engine.runner.update_weights_from_tensor([(name, new)])
+            answered[backend] = answers(engine)
+            assert answered[backend] != before
+            if backend == "sim":
+                old.data = old.detach().clone()
+                outputs = engine.generate(prompts(), SamplingParams(max_tokens=NEW))
+                errors = [o.error for o in outputs if o.finish_reason == "error"]
+                assert errors
+                assert all("given back after the capture" in error for error in errors)
+    assert answered["sim"] == answered["cpu"]

@@ -28,6 +28,10 @@ def tokens(folder, backend, vocab):
         return [o.token_ids for o in outputs], runner and runner.stats, dropped
 
 
+EAGER = {"gpt2": "aten.copy_", "longcat_flash": "aten.nonzero"}
+"""Families whose passes no graph can hold, and why not: the device says so as others do."""
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, tmp_path):
     model_class, config = family(name)
@@ -36,5 +40,7 @@ def test_family(name, tmp_path):
     expected, *_ = tokens(tmp_path, "cpu", vocab)
     found, stats, dropped = tokens(tmp_path, "sim", vocab)
     assert found == expected
-    assert not dropped
-    assert stats.replays.total() >= 7
+    reasons = [decision.candidates[0].reason for decision in dropped]
+    assert bool(reasons) == (name in EAGER), reasons
+    assert all(EAGER[name] in reason for reason in reasons)
+    assert reasons or stats.replays.total() >= 7
