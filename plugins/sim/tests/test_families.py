@@ -28,7 +28,7 @@ def tokens(folder, backend, vocab):
         return [o.token_ids for o in outputs], runner and runner.stats, dropped
 
 
-EAGER = {"gpt2": "aten.copy_", "longcat_flash": "aten.nonzero"}
+EAGER = {"gpt2": "aten.copy_", "phimoe": "aten.copy_", "longcat_flash": "aten.nonzero"}
 """Families whose passes no graph can hold, and why not: the device says so as others do."""
 
 
