@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -14,6 +15,8 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from bedplate import Engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,15 @@ class Ceilings:
     def as_json(self) -> dict[str, object]:
         """For result files."""
         return asdict(self)
+
+
+def refuse_simulated(engine: Engine) -> None:
+    """End the program if the engine's device says that it is simulated."""
+    if "simulated" in engine.runner.bound.capabilities.facts:
+        sys.exit(
+            f"Backend {engine.runner.bound.name!r} simulates its device, so its times mean "
+            "nothing and none are reported. Name the backend of a real one with --backend"
+        )
 
 
 def time_us(function: Callable[[], object], repeats: int = 20) -> float:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks import shapes
-from benchmarks.device import Ceilings, measure_ceilings
+from benchmarks.device import Ceilings, measure_ceilings, refuse_simulated
 
 from bedplate import Engine, SamplingParams
 
@@ -192,6 +192,7 @@ def main() -> None:
                 },
             )  # fmt: skip
         with engine:
+            refuse_simulated(engine)
             stages = {k: round(v, 2) for k, v in engine.runner.stage_seconds.items()}
             print(
                 f"{name}: started in {time.perf_counter() - begin:.1f} s, {stages}", flush=True

@@ -30,6 +30,8 @@ begin = time.perf_counter()
 from bedplate import Engine, SamplingParams
 with Engine(sys.argv[1], backend=sys.argv[2]) as engine:
     imported = time.perf_counter() - begin
+    from benchmarks.device import refuse_simulated
+    refuse_simulated(engine)
     params = SamplingParams(max_tokens=2, ignore_eos=True)
     next(iter(engine.stream(list(range(5, 133)), params)))
     ready = time.perf_counter() - begin

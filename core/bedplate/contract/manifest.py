@@ -96,6 +96,8 @@ class ProbeResult:
             flavour, ``HW012`` architecture too old) when the score is 0.
         present: A device of this kind seems to be there even though it cannot be used;
             ``auto`` then refuses to continue on a lower class.
+        only_by_name: ``auto`` never chooses it, however little else there is; for what stands
+            in for a device.
     """
 
     score: int
@@ -104,6 +106,7 @@ class ProbeResult:
     facts: Mapping[str, str] = field(default_factory=dict)
     code: str = "HW010"
     present: bool = False
+    only_by_name: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 _WANTED = re.compile(r"([a-z][a-z0-9_]*)(?::(\d{1,4}))?")
+_ONLY_BY_NAME = "runs only if it is named"
 _BROKE = frozenset({"HW021", "HW040", "HW041", "HW044"})
 
 
@@ -120,7 +121,7 @@ def _by_name(request: BackendRequest, wanted: Sequence[Wanted], survey: Survey) 
 
 def _by_score(request: BackendRequest, survey: Survey) -> Selection:
     ranked = sorted(survey.backends(), key=lambda r: (-r.score, r.name))
-    usable = [record for record in ranked if record.usable]
+    usable = [record for record in ranked if record.usable and not _only_by_name(record)]
     error = _refuse_auto(request, usable, survey)
     chosen = usable[0] if usable and error is None else None
     candidates = [
@@ -201,10 +202,10 @@ def _refuse_auto(
     request: BackendRequest, usable: Sequence[PluginRecord], survey: Survey
 ) -> BackendError | None:
     """Why ``auto`` must not choose, or ``None``."""
-    unusable = [record for record in survey.backends() if not record.usable]
+    unusable = [record for record in survey.backends() if record not in usable]
     present = [record for record in unusable if _seems_present(record)]
     if not usable:
-        reasons = join_reasons((record.name, record.reason) for record in unusable)
+        reasons = join_reasons((r.name, r.reason or _ONLY_BY_NAME) for r in unusable)
         if present:
             names = ", ".join(f"'{record.name}'" for record in present)
             return fault("HW003", present=f"claimed by {names}", reasons=reasons)
@@ -230,8 +231,16 @@ def score_class(score: int) -> int:
     return (score >= 100) + (score >= 500)
 
 
+def _only_by_name(record: PluginRecord) -> bool:
+    return record.probe is not None and record.probe.only_by_name
+
+
 def _seems_present(record: PluginRecord) -> bool:
-    return record.probe is not None and (record.probe.present or record.probe.score > 0)
+    return (
+        record.probe is not None
+        and not record.probe.only_by_name
+        and (record.probe.present or record.probe.score > 0)
+    )
 
 
 def _class_of(record: PluginRecord) -> int:
@@ -252,6 +261,8 @@ def _auto_verdict(
 ) -> tuple[Verdict, str]:
     if record.error is not None:
         return _verdict(record.error), record.reason
+    if _only_by_name(record):
+        return "refused", _ONLY_BY_NAME
     if record is chosen:
         return "chosen", f"highest score, {record.score}"
     why = f"'{chosen.name}' has a higher score" if chosen else error.message if error else ""

@@ -21,9 +21,9 @@ from bedplate.registry.select import (
 )
 
 
-def record(name, score=50, *, present=False, code="HW010", devices=(), status="loaded"):
+def record(name, score=50, *, present=False, code="HW010", devices=(), status="loaded", **more):
     probe = ProbeResult(
-        score=score, reasons=("broken",), present=present,
+        score=score, reasons=("broken",), present=present, **more,
         devices=tuple(DeviceFacts(index=i, name="d") for i in devices),
     )  # fmt: skip
     base = PluginRecord(
@@ -98,6 +98,20 @@ def test_choice(text, chosen, expected):
     assert verdicts(selection) == expected
     assert all(c.reason and not c.reason.endswith(".") for c in selection.decision.candidates)
     assert selection.decision.detail["source"] == "--backend"
+
+
+PRETENDED = record("pretended", 900, only_by_name=True)
+
+
+def test_auto_never_chooses_what_runs_only_by_its_name():
+    selection = choose("auto", HOST, PRETENDED)
+    assert verdicts(selection) == [("pretended", "refused"), ("host", "chosen")]
+    alone = choose("auto", PRETENDED)
+    assert (alone.record, alone.error.code) == (None, "HW006")
+    assert "pretended: runs only if it is named" in alone.error.message
+    dead = record("pretended", 0, only_by_name=True)
+    assert choose("auto", HOST, dead).record.name == "host"
+    assert choose("pretended", HOST, PRETENDED).record.name == "pretended"
 
 
 @pytest.mark.parametrize(("text", "index"), [("x", 2), ("x:3", 3), ("auto", 2)])
