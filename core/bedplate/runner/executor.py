@@ -107,13 +107,16 @@ class ModelExecutor:
         requests = _sampling(batch)
         own = _sampled_rows(logits, wanted, requests)
         tokens = self._tokens(output.tokens, own, batch, forward_batch, requests)
+        on_host = self._to_host(tokens)
+        logprobs = self._logprobs(own, tokens, batch, requests)
+        prompt = {} if wanted is None else self._prompt_logprobs(logits, batch, wanted)
         return _Pending(
             batch_size=batch.batch_size,
             requests=requests,
-            tokens=self._to_host(tokens),
-            event=self._runtime.record_event(),
-            logprobs=self._logprobs(own, tokens, batch, requests),
-            prompt={} if wanted is None else self._prompt_logprobs(logits, batch, wanted),
+            tokens=on_host,
+            event=self._runtime.record_event(),  # behind all copies to the host
+            logprobs=logprobs,
+            prompt=prompt,
             graph=graph,
             graph_reason=reason,
         )
@@ -167,11 +170,12 @@ class ModelExecutor:
             rows = rows[_to(requests, rows)]
         self._last_tokens.index_copy_(0, rows.long(), tokens.clamp(min=0))
 
-    def _to_host(self, tokens: Tensor) -> Tensor:
-        if tokens.device.type == "cpu":
-            return tokens
-        host = self._runtime.empty_host(tokens.numel() * 8).view(torch.int64)
-        host.copy_(tokens, non_blocking=True)
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        """Queue a copy to the host; there once the event that is recorded next has come."""
+        if tensor.device.type == "cpu":
+            return tensor
+        host = self._runtime.empty_host(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        host.copy_(tensor, non_blocking=True)
         return host
 
     def _logprobs(
@@ -183,7 +187,11 @@ class ModelExecutor:
             return None
         chosen = _to(index, logits)
         parts = logprobs_of(logits[chosen], tokens[chosen], int(wanted.max()))
-        return _Logprobs(requests[index], wanted[index], (tokens[chosen], *parts))
+        return self._sent(requests[index], wanted[index], tokens[chosen], *parts)
+
+    def _sent(self, requests: Int64Array, top: Int64Array, *tensors: Tensor) -> _Logprobs:
+        tokens, own, best, ids = map(self._to_host, tensors)
+        return _Logprobs(requests, top, (tokens, own, best, ids))
 
     def _prompt_logprobs(
         self, logits: Tensor, batch: ScheduleBatch, wanted: LogitsRows
@@ -205,8 +213,9 @@ class ModelExecutor:
             tokens = torch.from_numpy(np.ascontiguousarray(targets)).to(logits.device)
             top = max(0, int(self._sampler.prompt_logprobs[batch.req_pool_indices[request]]))
             parts = logprobs_of(logits[_to(places, logits)], tokens, top)
-            found[request] = _Logprobs(
-                np.full(len(targets), request), np.full(len(targets), top), (tokens, *parts)
+            count = len(targets)
+            found[request] = self._sent(
+                np.full(count, request), np.full(count, top), tokens, *parts
             )
         return found
 
@@ -235,7 +244,7 @@ class _Logprobs:
     Attributes:
         requests: ``[n]`` rows of the batch.
         top: ``[n]`` how many of the best each row asked for.
-        tensors: tokens ``[n]``, own ``[n]``, best ``[n, k]``, ids ``[n, k]``; device.
+        tensors: tokens ``[n]``, own ``[n]``, best ``[n, k]``, ids ``[n, k]``; host.
     """
 
     requests: Int64Array
@@ -243,7 +252,7 @@ class _Logprobs:
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
 
     def read(self) -> list[TokenLogprobs]:
-        """One entry per row; waits for the device."""
+        """One entry per row; after the step's event."""
         tokens, own, best, ids = (tensor.tolist() for tensor in self.tensors)
         return [
             TokenLogprobs(
