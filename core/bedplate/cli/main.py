@@ -24,6 +24,7 @@ COMMANDS = MappingProxyType(
         "doctor": ("bedplate.cli.doctor", "Examine this installation and machine."),
         "explain": ("bedplate.cli.explain", "Every choice of a start-up, with its candidates."),
         "generate": ("bedplate.cli.generate", "Generate text from prompts."),
+        "new-backend": ("bedplate.cli.new_backend", "Write a backend of your own, complete."),
     }
 )
 
