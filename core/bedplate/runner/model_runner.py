@@ -40,6 +40,7 @@ from bedplate.models.weights.update import (
     update_weights_from_disk,
     update_weights_from_tensor,
 )
+from bedplate.runner.attention_overrides import prove_attention
 from bedplate.runner.decode_loop import DecodeLoop
 from bedplate.runner.dummy import dummy_prompt
 from bedplate.runner.loading import load_ready
@@ -223,31 +224,20 @@ class ModelRunner:
 
     def init_attention_backend(self) -> None:
         """Choose the attention for the calls the model makes, and build it."""
-        if self._provider is None:
-            self._provider = self.bound.attention_providers.choose_attention(
-                AttentionRequest(
-                    calls=self.spec.calls,
-                    dtype=self.plan.dtype,
-                    kv_dtype=self.plan.kv_dtype,
-                    page_size=self.plan.page_size,
-                    arch=self.bound.capabilities.arch,
-                    deterministic=self.config.deterministic,
-                ),
-                self.config.attention,
-            )
-        self.attention = self._provider.build(
-            AttentionBuild(
-                runtime=self.bound.runtime,
-                calls=self.spec.calls,
-                kv_pool=self.kv_pool,
-                req_to_token=self.req_to_token_pool.req_to_token,
-                page_size=self.plan.page_size,
-                dtype=getattr(torch, self.plan.dtype),
-                max_batch_size=self.plan.max_running_requests,
-                max_context_len=self.plan.max_context_len,
-                deterministic=self.config.deterministic,
-            )
+        build = AttentionBuild(
+            runtime=self.bound.runtime,
+            calls=self.spec.calls,
+            kv_pool=self.kv_pool,
+            req_to_token=self.req_to_token_pool.req_to_token,
+            page_size=self.plan.page_size,
+            dtype=getattr(torch, self.plan.dtype),
+            max_batch_size=self.plan.max_running_requests,
+            max_context_len=self.plan.max_context_len,
+            deterministic=self.config.deterministic,
         )
+        if self._provider is None:
+            self._provider = self._choose_attention(build)
+        self.attention = self._provider.build(build)
         self.model.bind_attention(self.attention, self.kv_pool)
 
     def init_device_graphs(self) -> None:
@@ -379,6 +369,30 @@ class ModelRunner:
         return LogitsOutput(
             next_token_logits=torch.empty(shape, dtype=dtype, device=batch.input_ids.device)
         )
+
+    def _choose_attention(self, build: AttentionBuild) -> AttentionProvider:
+        """The best that supports the model and, if a pack brings it, has proven itself."""
+        providers, asked = self.bound.attention_providers, self.config.attention
+        request = AttentionRequest(
+            calls=self.spec.calls,
+            dtype=self.plan.dtype,
+            kv_dtype=self.plan.kv_dtype,
+            page_size=self.plan.page_size,
+            arch=self.bound.capabilities.arch,
+            deterministic=self.config.deterministic,
+        )
+        while True:
+            provider = providers.choose_attention(request, asked)
+            rival = providers.next_best(request, provider)
+            if rival is None or not providers.is_override(provider):
+                return provider
+            # Bits must not hang on a clock, nor what was asked for by name.
+            timed = not (self.config.deterministic or asked)
+            with self.bound.runtime.inference_guard():
+                reason = prove_attention(provider, rival, build, self.decisions, timed=timed)
+            if not reason:
+                return provider
+            providers.withdraw(provider, reason)
 
     def _cell_bytes(self) -> int:
         itemsize = getattr(torch, self.plan.kv_dtype).itemsize

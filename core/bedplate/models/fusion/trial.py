@@ -74,7 +74,7 @@ class Trial:
         self.positions = torch.tensor(_spread(self.max_positions), device=device)
 
     def run(self, _module: nn.Module, tokens: int = TRIAL_TOKENS) -> Tensor:
-        """Logits ``[T, V]`` of the first tokens."""
+        """Logits ``[T, V]`` of the first tokens; of more than eight, at neighbouring places."""
         attention = _TrialAttention()
         self.model.bind_attention(attention)
         logits = self.model.forward(self._batch(tokens)).next_token_logits
@@ -91,7 +91,7 @@ class Trial:
             mode=ForwardMode.EXTEND,
             batch_size=1,
             input_ids=ids,
-            positions=self.positions[:count],
+            positions=self._positions(count),
             req_pool_indices=none.to(device),
             seq_lens=length.to(device),
             seq_lens_cpu=length,
@@ -104,6 +104,11 @@ class Trial:
                 prefix_lens_cpu=none,
             ),
         )
+
+    def _positions(self, count: int) -> Tensor:
+        if count <= TRIAL_TOKENS:
+            return self.positions[:count]
+        return torch.arange(count, device=self.positions.device)
 
 
 def _spread(limit: int) -> list[int]:
