@@ -13,6 +13,7 @@ __all__ = ["ModelRunner", "Progress"]
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ from bedplate.runner.attention_overrides import prove_attention
 from bedplate.runner.decode_loop import DecodeLoop
 from bedplate.runner.dummy import dummy_prompt
 from bedplate.runner.loading import load_ready
+from bedplate.runner.overrides import prove_decode_loop
 from bedplate.runner.pool_size import MemoryBudget, choose_pool_size
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from bedplate.batch.schedule_batch import ScheduleBatch
     from bedplate.config import EngineConfig
     from bedplate.contract.memory import KVPool, TokenToKVPoolAllocator
+    from bedplate.contract.ops import OpRegistry
     from bedplate.graph.runner import GraphRunner
     from bedplate.models.adapter import HFModel
     from bedplate.models.spec import ModelSpec
@@ -70,6 +73,9 @@ work: the capture costs about a step."""
 
 _REHEARSED_TOKENS = (1, 3, 12, 24, 48, 100, 1024, 4100)
 """Lengths of prompts whose kernels are made ready: one for each class that kernels know."""
+
+_TRIED_ROWS = 17
+"""Request rows of a decode loop that is only tried, the one of padding included."""
 
 _MEM_FRACTION = 0.88
 """Share of the memory that was free before loading, unless the user says otherwise."""
@@ -462,14 +468,27 @@ class ModelRunner:
     def _make_decode_loop(self, largest: int) -> DecodeLoop | None:
         if not self.bound.capabilities.graph.sampling_inside:
             return None
-        return DecodeLoop(
-            self.bound.runtime,
-            self.bound.ops,
-            self.req_to_token_pool.req_to_token,
-            max_batch_size=largest,
-            fill_len=self.attention.seq_len_fill_value,
-            dtype=self.plan.dtype,
+        table = self.req_to_token_pool.req_to_token
+
+        def make(ops: OpRegistry, table: Tensor, size: int) -> DecodeLoop:
+            return DecodeLoop(
+                self.bound.runtime,
+                ops,
+                table,
+                max_batch_size=size,
+                fill_len=self.attention.seq_len_fill_value,
+                dtype=self.plan.dtype,
+            )
+
+        scratch = torch.zeros_like(table[:_TRIED_ROWS, :_TRIED_ROWS])
+        prove_decode_loop(
+            self.bound,
+            self.decisions,
+            partial(make, table=scratch, size=_TRIED_ROWS),
+            vocab_size=self.spec.vocab_size,
+            timed=not self.config.deterministic,
         )
+        return make(self.bound.ops, table, largest)
 
     def _make_graph_runner(self, sizes: tuple[int, ...]) -> GraphRunner | None:
         memory = self.bound.capabilities.memory

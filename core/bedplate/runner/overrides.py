@@ -9,14 +9,15 @@ replaces.  One that is wrong or slower is withdrawn; either way the decision
 
 from __future__ import annotations
 
-__all__ = ["prove_operations"]
+__all__ = ["prove_decode_loop", "prove_operations"]
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from bedplate.contract.decisions import Candidate, Decision, Verdict
 from bedplate.contract.ops import OpProvider, OpRegistry, OpRequest
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from bedplate.registry.bind import BoundBackend
     from bedplate.registry.decisions import DecisionLog
     from bedplate.registry.ops import Operations
+    from bedplate.runner.decode_loop import DecodeLoop
 
 SLOWER = 1.1
 """Times as long as what it replaces that an override may take: less is noise."""
@@ -66,6 +68,8 @@ class Use:
 class Witness(OpRegistry):
     """Chooses as the registry does, and keeps what overrides are called with.
 
+    Calls are answered by the reference: what overrides will meet is a model that is right.
+
     Args:
         ops: Chooses.
         shared: Whether a tensor is a weight.
@@ -96,7 +100,7 @@ class Witness(OpRegistry):
         shapes = tuple(tuple(x.shape) for x in tensors_of((args, kwargs)))
         if shapes not in use.examples:
             use.examples[shapes] = copied((args, kwargs), use.shared)
-        return use.provider.call(*args, **kwargs)
+        return OPERATIONS[use.request.op](*args, **kwargs)
 
 
 def prove_operations(
@@ -125,10 +129,52 @@ def prove_operations(
     """
     if not bound.ops.has_overrides:
         return
+    _prove_all(
+        lambda: _watch(bound.ops, module, trial, mode, most_tokens),
+        bound,
+        decisions,
+        timed=timed,
+    )
+
+
+def prove_decode_loop(
+    bound: BoundBackend,
+    decisions: DecisionLog,
+    make: Callable[[OpRegistry], DecodeLoop],
+    *,
+    vocab_size: int,
+    timed: bool = True,
+) -> None:
+    """The same for the operations around a recorded pass.
+
+    Args:
+        bound: Whose operations are overridden.
+        decisions: Receives ``override.*``.
+        make: Makes a loop that nobody else uses, with the given operations.
+        vocab_size: Logits a row.
+        timed: As in ``prove_operations``.
+    """
+
+    def watch() -> dict[tuple[str, str], Use]:
+        witness = Witness(bound.ops, lambda _tensor: False)
+        make(witness).try_out(vocab_size)
+        return witness.uses
+
+    if bound.ops.has_overrides:
+        _prove_all(watch, bound, decisions, timed=timed)
+
+
+def _prove_all(
+    watch: Callable[[], dict[tuple[str, str], Use]],
+    bound: BoundBackend,
+    decisions: DecisionLog,
+    *,
+    timed: bool,
+) -> None:
     proven: set[tuple[str, str]] = set()
     withdrawn = True
     while withdrawn:  # what takes the place of an override may be another one
-        uses = _watch(bound.ops, module, trial, mode, most_tokens)
+        uses = watch()
         fresh = [use for key, use in uses.items() if key not in proven]
         proven |= set(uses)
         kept = [_settle(use, bound, decisions, timed=timed) for use in fresh]
@@ -141,11 +187,22 @@ def _watch(
     """Fuse, run passes of several lengths, and take all back; what overrides were used for."""
     witness = Witness(ops, _is_weight_of(module))
     plan = fuse(module, witness, mode=mode, trial=trial)
-    with suppress(Exception):  # what is wrong with an override, its examples show
-        for length in LENGTHS:
-            trial.run(module, tokens=min(length, most_tokens))
+    for length in LENGTHS if plan.sites else ():
+        trial.run(module, tokens=min(length, most_tokens))
     plan.revert()
+    for use in witness.uses.values():
+        if use.request.op == "qk_norm_rope_write":
+            _add_cache(use)
     return witness.uses
+
+
+def _add_cache(use: Use) -> None:
+    """Examples with a cache to write to; decode passes have one, trial passes do not."""
+    for (q, k, v, *rest), _ in list(use.examples.values()):
+        keys, values = (x.new_zeros((len(x) + 1, *x.shape[1:])) for x in (k, v))
+        slots = torch.arange(len(k), 0, -1, device=k.device)
+        args = (q, k, v, *rest[:3], keys, values, slots)
+        use.examples[tuple(tuple(x.shape) for x in tensors_of(args))] = args, {}
 
 
 def _settle(use: Use, bound: BoundBackend, decisions: DecisionLog, *, timed: bool) -> bool:

@@ -19,6 +19,7 @@ from bedplate.reference.runtime import TorchRuntime
 from bedplate.registry import DecisionLog
 from bedplate.registry.door import open_backend
 from bedplate.runner import attention_overrides, overrides
+from bedplate.runner.decode_loop import DecodeLoop
 from bedplate.runner.proof import copied, gap_between, seconds_per_call, tensors_of
 
 
@@ -267,3 +268,50 @@ def test_the_quicker_of_two_is_seen():
         TorchRuntime("cpu"), [lambda: time.sleep(0.002), lambda: time.sleep(0.0005)]
     )
     assert 0.0005 <= quick < slow
+
+
+def spoils_a_row(changes, rows, table, last_tokens, fill_len):
+    OPERATIONS["advance_decode"](changes, rows, table, last_tokens, fill_len)
+    rows.positions[2] += 1
+
+
+def forgets_to_keep(logits, rows, seq_lens, tables, last_tokens):
+    return OPERATIONS["sample_tokens"](logits, rows, seq_lens, tables, last_tokens.clone())
+
+
+@pytest.mark.parametrize(
+    ("op", "call", "verdict"),
+    [("advance_decode", spoils_a_row, "failed"), ("sample_tokens", forgets_to_keep, "failed"),
+     ("advance_decode", OPERATIONS["advance_decode"], "chosen"),
+     ("sample_tokens", OPERATIONS["sample_tokens"], "chosen")],
+)  # fmt: skip
+def test_what_stands_around_a_recorded_pass_is_tried_too(start, clock, op, call, verdict):
+    clock(1.0, 1.0)
+    runner, _ = start()
+    log, bound = DecisionLog(), runner.bound
+    bound.ops.register(OpProvider(op=op, provider="pack", call=call, kind="kernels"))
+
+    def make(ops):
+        table = torch.zeros(17, 17, dtype=torch.int32)
+        return DecodeLoop(
+            bound.runtime, ops, table, max_batch_size=16, fill_len=1, dtype="float32"
+        )
+
+    overrides.prove_decode_loop(bound, log, make, vocab_size=100)
+    assert [v for _, v, _ in verdicts(log, f"override.{op}")] == [verdict]
+
+
+def test_writing_to_the_cache_is_tried_too(start, clock):
+    def writes_nothing(q, k, v, positions, rope, norm, keys=None, values=None, slots=None):
+        OPERATIONS["qk_norm_rope_write"](q, k, v, positions, rope, norm)
+
+    clock(1.0, 1.0)
+    runner, _ = start()
+    request = OpRequest(op="qk_norm_rope_write", dtype="float32")
+    provider = OpProvider(op=request.op, provider="pack", call=writes_nothing, kind="kernels")
+    use = overrides.Use(request, provider, lambda _x: False)
+    heads = [torch.randn(3, count, 8) for count in (4, 2, 2)]
+    use.examples[((3, 4, 8),)] = ((*heads, torch.arange(3), None, None), {})
+    assert overrides._judge(use, provider, runner.bound.runtime, timed=False)[0] == "chosen"
+    overrides._add_cache(use)
+    assert overrides._judge(use, provider, runner.bound.runtime, timed=False)[0] == "failed"
