@@ -13,7 +13,7 @@ Shapes: B requests, R request rows, V vocabulary.
 
 from __future__ import annotations
 
-__all__ = ["DecodeLoop"]
+__all__ = ["DecodeLoop", "decode_requests"]
 
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING

@@ -103,6 +103,7 @@ def load_ready(
             mode=config.fusion,
             trial=trial,
             rehearsal=bound.runtime.rehearsal,
+            allow=bound.fuel.take,
         )
     _record(fused.decisions, decisions)
     if config.deterministic:

@@ -42,7 +42,7 @@ from bedplate.models.weights.update import (
     update_weights_from_tensor,
 )
 from bedplate.runner.attention_overrides import prove_attention
-from bedplate.runner.decode_loop import DecodeLoop
+from bedplate.runner.decode_loop import DecodeLoop, decode_requests
 from bedplate.runner.dummy import dummy_prompt
 from bedplate.runner.loading import load_ready
 from bedplate.runner.overrides import prove_decode_loop
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from bedplate.batch.schedule_batch import ScheduleBatch
     from bedplate.config import EngineConfig
     from bedplate.contract.memory import KVPool, TokenToKVPoolAllocator
-    from bedplate.contract.ops import OpRegistry
+    from bedplate.contract.ops import OpRegistry, OpRequest
     from bedplate.graph.runner import GraphRunner
     from bedplate.models.adapter import HFModel
     from bedplate.models.spec import ModelSpec
@@ -390,15 +390,26 @@ class ModelRunner:
         while True:
             provider = providers.choose_attention(request, asked)
             rival = providers.next_best(request, provider)
-            if rival is None or not providers.is_override(provider):
+            if rival is None or provider.provider == "reference":
                 return provider
-            # Bits must not hang on a clock, nor what was asked for by name.
-            timed = not (self.config.deterministic or asked)
-            with self.bound.runtime.inference_guard():
-                reason = prove_attention(provider, rival, build, self.decisions, timed=timed)
+            reason = self._objection(provider, rival, build)
             if not reason:
                 return provider
             providers.withdraw(provider, reason)
+
+    def _objection(
+        self, provider: AttentionProvider, rival: AttentionProvider, build: AttentionBuild
+    ) -> str:
+        """Why ``rival`` has to take the place of ``provider``; empty if it need not."""
+        if self.bound.attention_providers.is_override(provider):
+            # Bits must not hang on a clock, nor what was asked for by name.
+            timed = not (self.config.deterministic or self.config.attention)
+            with self.bound.runtime.inference_guard():
+                reason = prove_attention(provider, rival, build, self.decisions, timed=timed)
+            if reason:
+                return reason
+        allowed = self.bound.fuel.take(f"attention: {provider.name} by {provider.provider}")
+        return "" if allowed else allowed.reason
 
     def _cell_bytes(self) -> int:
         itemsize = getattr(torch, self.plan.kv_dtype).itemsize
@@ -488,7 +499,18 @@ class ModelRunner:
             vocab_size=self.spec.vocab_size,
             timed=not self.config.deterministic,
         )
+        for asked in decode_requests(self.plan.dtype):
+            self._ration(asked)
         return make(self.bound.ops, table, largest)
+
+    def _ration(self, request: OpRequest) -> None:
+        """Withdraw what there is no fuel for."""
+        ops = self.bound.ops
+        while (provider := ops.choose(request)).kind != "reference":
+            allowed = self.bound.fuel.take(f"op.{request.op}: {provider.provider}")
+            if allowed:
+                return
+            ops.withdraw(request, provider, allowed.reason)
 
     def _make_graph_runner(self, sizes: tuple[int, ...]) -> GraphRunner | None:
         memory = self.bound.capabilities.memory
