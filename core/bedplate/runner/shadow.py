@@ -25,6 +25,7 @@ from bedplate.contract.decisions import Candidate, Decision
 from bedplate.env import PluginFilter
 from bedplate.errors import ConfigError
 from bedplate.models.fusion.rope import RotarySite
+from bedplate.models.fusion.rope import RotarySite
 from bedplate.models.trace import Trace, traced
 from bedplate.reference.attention import reference_provider
 from bedplate.reference.ops import OPERATIONS
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
     from bedplate.batch.forward_batch import ForwardBatch
     from bedplate.batch.logits import LogitsOutput
-    from bedplate.models.fusion.rope import RotarySite
 from bedplate.models.trace import Part
 
 _log = logging.getLogger(__name__)
