@@ -25,7 +25,6 @@ from bedplate.contract.decisions import Candidate, Decision
 from bedplate.env import PluginFilter
 from bedplate.errors import ConfigError
 from bedplate.models.fusion.rope import RotarySite
-from bedplate.models.fusion.rope import RotarySite
 from bedplate.models.trace import Trace, traced
 from bedplate.reference.attention import reference_provider
 from bedplate.reference.ops import OPERATIONS
