@@ -13,6 +13,11 @@ def home_wheel(tmp_path_factory):
     return build_wheel(ROOT, tmp_path_factory.mktemp("wheels"))
 
 
+@pytest.fixture(scope="session")
+def acme_wheel(tmp_path_factory):
+    return build_wheel(ROOT / "examples" / "acme", tmp_path_factory.mktemp("wheels"))
+
+
 @pytest.fixture
 def room(tmp_path):
     """An empty environment in an empty folder."""

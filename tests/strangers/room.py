@@ -67,6 +67,15 @@ class Room:
             self.bedplate("generate", "--backend", backend, *question, **environment)
         )
 
+    def failure(self, *arguments: str) -> str:
+        """What a command of ours says that must not succeed."""
+        command = [str(self.python), "-m", "bedplate", *arguments]
+        done = subprocess.run(
+            command, cwd=self.folder, env=_clean(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode not in (0, -11, 134), done.stdout
+        return done.stderr
+
     def run(self, *arguments: str | Path, folder: Path | None = None) -> str:
         """Output of the room's Python."""
         return _run([self.python, *arguments], folder or self.folder).stdout
@@ -93,14 +102,18 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
 
 
+def _clean() -> dict[str, str]:
+    """The environment without what a developer has set for this checkout."""
+    ours = ("BEDPLATE_", "PYTHONPATH", "VIRTUAL_ENV")
+    return {name: text for name, text in os.environ.items() if not name.startswith(ours)}
+
+
 def _run(
     command: list[object], folder: Path, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    ours = ("BEDPLATE_", "PYTHONPATH", "VIRTUAL_ENV")
-    clean = {name: text for name, text in os.environ.items() if not name.startswith(ours)}
     done = subprocess.run(
         [str(part) for part in command], cwd=folder, check=False, text=True,
-        capture_output=True, env=clean | (environment or {}),
+        capture_output=True, env=_clean() | (environment or {}),
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
