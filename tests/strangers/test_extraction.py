@@ -22,7 +22,9 @@ def extract(name, into):
     )  # fmt: skip
     for path in package.rglob("*.py"):
         text = path.read_text().replace(f"bedplate_{name}", f"bedplate_{new}")
-        path.write_text(text.replace(f'"{name}"', f'"{new}"') if path.stem == "plugin" else text)
+        path.write_text(
+            text.replace(f'"{name}"', f'"{new}"') if path.stem == "plugin" else text
+        )
     for path in ("pyproject.toml", "README.md", "tests/test_conformance.py"):
         (into / path).parent.mkdir(exist_ok=True)
         (into / path).write_text(template.render(new)[path])
