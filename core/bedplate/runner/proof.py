@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from bedplate.contract.runtime import DeviceRuntime
 
-_ROUNDS = 7
-_ROUND_S = 2e-3
+_ROUNDS = 5
+_ROUND_S = 1e-3
 _MOST_CALLS = 50
 
 
