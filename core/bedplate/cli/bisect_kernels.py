@@ -26,7 +26,7 @@ CLOSE = 0.25
 places."""
 
 
-@click.command("bisect-kernels", context_settings={"ignore_unknown_options": True})
+@click.command("bisect-kernels")
 @click.option("-p", "--prompt", "prompts", multiple=True, help="A prompt; may be repeated.")
 @click.option("--model", help="Folder of a checkpoint. Default: the demo model.")
 @click.option("--backend", help="Backend to look at.")

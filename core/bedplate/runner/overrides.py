@@ -9,10 +9,11 @@ replaces.  One that is wrong or slower is withdrawn; either way the decision
 
 from __future__ import annotations
 
-__all__ = ["prove_decode_loop", "prove_operations"]
+__all__ = ["SLOWER", "prove_decode_loop", "prove_operations"]
 
 import math
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ from bedplate.reference.ops import OPERATIONS
 from bedplate.runner.proof import copied, gap_between, seconds_per_call, tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
@@ -81,7 +83,18 @@ class Witness(OpRegistry):
     def __init__(self, ops: Operations, shared: Callable[[Tensor], bool]) -> None:
         self._ops = ops
         self._shared = shared
+        self._watching = True
         self.uses: dict[tuple[str, str], Use] = {}
+
+    @contextmanager
+    def looking_away(self, context: AbstractContextManager[object]) -> Iterator[None]:
+        """A context in which calls are not kept, such as a rehearsal: it computes nothing."""
+        self._watching = False
+        try:
+            with context:
+                yield
+        finally:
+            self._watching = True
 
     def register(self, provider: OpProvider) -> None:
         """See ``OpRegistry.register``."""
@@ -98,7 +111,7 @@ class Witness(OpRegistry):
 
     def _call(self, use: Use, *args: Any, **kwargs: Any) -> Any:
         shapes = tuple(tuple(x.shape) for x in tensors_of((args, kwargs)))
-        if shapes not in use.examples:
+        if self._watching and shapes not in use.examples:
             use.examples[shapes] = copied((args, kwargs), use.shared)
         return OPERATIONS[use.request.op](*args, **kwargs)
 
@@ -129,12 +142,11 @@ def prove_operations(
     """
     if not bound.ops.has_overrides:
         return
-    _prove_all(
-        lambda: _watch(bound.ops, module, trial, mode, most_tokens),
-        bound,
-        decisions,
-        timed=timed,
-    )
+
+    def watch() -> dict[tuple[str, str], Use]:
+        return _watch(bound, module, trial, mode, most_tokens)
+
+    _prove_all(watch, bound, decisions, timed=timed)
 
 
 def prove_decode_loop(
@@ -182,11 +194,16 @@ def _prove_all(
 
 
 def _watch(
-    ops: Operations, module: nn.Module, trial: Trial, mode: FusionMode, most_tokens: int
+    bound: BoundBackend, module: nn.Module, trial: Trial, mode: FusionMode, most_tokens: int
 ) -> dict[tuple[str, str], Use]:
     """Fuse, run passes of several lengths, and take all back; what overrides were used for."""
-    witness = Witness(ops, _is_weight_of(module))
-    plan = fuse(module, witness, mode=mode, trial=trial)
+    witness = Witness(bound.ops, _is_weight_of(module))
+
+    def rehearsal() -> AbstractContextManager[object] | None:
+        context = bound.runtime.rehearsal()
+        return None if context is None else witness.looking_away(context)
+
+    plan = fuse(module, witness, mode=mode, trial=trial, rehearsal=rehearsal)
     for length in LENGTHS if plan.sites else ():
         trial.run(module, tokens=min(length, most_tokens))
     plan.revert()

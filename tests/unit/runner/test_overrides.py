@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -315,3 +316,26 @@ def test_writing_to_the_cache_is_tried_too(start, clock):
     assert overrides._judge(use, provider, runner.bound.runtime, timed=False)[0] == "chosen"
     overrides._add_cache(use)
     assert overrides._judge(use, provider, runner.bound.runtime, timed=False)[0] == "failed"
+
+
+def test_what_a_rehearsal_is_called_with_is_not_kept(start, clock):
+    @contextmanager
+    def rehearsal():
+        rehearsed.append(True)
+        yield
+
+    rehearsed = []
+    clock(1.0, 1.0)
+    runner, _ = start()
+    runner.bound.ops.register(
+        OpProvider(op="rms_norm", provider="pack", call=right, kind="kernels", priority=900)
+    )
+    witness = overrides.Witness(runner.bound.ops, lambda _x: False)
+    request = OpRequest(op="rms_norm", dtype="float32", attributes={"order": "no_weight"})
+    call = witness.choose(request).call
+    with witness.looking_away(rehearsal()):
+        call(torch.randn(2, 8), None, 1e-6, "no_weight")
+    call(torch.randn(3, 8), None, 1e-6, "no_weight")
+    (use,) = witness.uses.values()
+    assert rehearsed
+    assert list(use.examples) == [((3, 8),)]
