@@ -65,6 +65,8 @@ class EngineConfig:
         deterministic: Whether a request has the same bits whatever else is in its passes, in
             any order, with any chunking, recorded or not; slower, and refused where the
             backend cannot promise it.
+        shadow: Backend that runs passes a second time, to compare every part of the model.
+        shadow_rate: Share of the passes that the shadow looks at.
         debug: Whether invariants are checked while running.
         sources: Setting → where its value came from. Not a setting itself.
     """
@@ -93,6 +95,8 @@ class EngineConfig:
     seed: int = 0
     trust_remote_code: bool = False
     deterministic: bool = False
+    shadow: str | None = None
+    shadow_rate: float = 1.0
     debug: bool = False
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -212,7 +216,7 @@ def _default(name: str) -> Any:
     return spec.default if spec.default is not MISSING else {}
 
 
-_OPTIONAL_TEXT = ("model", "tokenizer", "backend", "attention")
+_OPTIONAL_TEXT = ("model", "tokenizer", "backend", "attention", "shadow")
 _OPTIONAL_COUNTS = (
     "page_size", "max_context_len", "max_running_requests", "max_total_tokens",
 )  # fmt: skip
@@ -249,9 +253,10 @@ def _allowed(name: str, value: Any) -> str | None:
         rule = (value is None or isinstance(value, bool), "true or false")
     elif name in _CHOICES:
         rule = (value in _CHOICES[name], f"one of {', '.join(_CHOICES[name])}")
-    elif name == "mem_fraction":
+    elif name in ("mem_fraction", "shadow_rate"):
         number = isinstance(value, float | int) and not isinstance(value, bool)
-        rule = (value is None or (number and 0 < value <= 1), "above 0 and at most 1")
+        unset = value is None and name == "mem_fraction"
+        rule = (unset or (number and 0 < value <= 1), "above 0 and at most 1")
     elif name in _SIZES:
         rule = (value is None or _is_sizes(value), "a tuple of ascending integers above 0")
     elif name == "chunked_prefill_tokens":

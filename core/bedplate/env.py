@@ -11,6 +11,8 @@ __all__ = [
     "BACKEND",
     "CONFIG",
     "DEBUG",
+    "FUEL",
+    "FUEL_FILE",
     "PLUGINS",
     "VARIABLES",
     "PluginFilter",
@@ -18,6 +20,7 @@ __all__ = [
     "environment",
     "set_plugins",
     "unknown_variables",
+    "with_fuel",
 ]
 
 import os
@@ -135,6 +138,12 @@ def _plugin_filter(text: str) -> PluginFilter:
     return PluginFilter(allow=frozenset(allow) if restricted else None, block=frozenset(block))
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError
+    return int(text)
+
+
 def _switch(text: str) -> bool:
     words = {"1": True, "true": True, "yes": True, "on": True,
              "0": False, "false": False, "no": False, "off": False}  # fmt: skip
@@ -173,15 +182,41 @@ DEBUG: Final[Variable[bool]] = Variable(
     default=False,
     parse=_switch,
 )
+FUEL: Final[Variable[int | None]] = Variable(
+    name="BEDPLATE_FUEL",
+    sentence="Most kernels that may replace plain torch; the others are left out, the last "
+    "taken first. `bedplate bisect-kernels` sets it.",
+    forms="an integer from 0",
+    default=None,
+    parse=_count,
+)
+FUEL_FILE: Final[Variable[str | None]] = Variable(
+    name="BEDPLATE_FUEL_FILE",
+    sentence="File that gets one line for each kernel, in the order that BEDPLATE_FUEL counts.",
+    forms="path of a file",
+    default=None,
+    parse=str,
+)
 
 VARIABLES: Final[Mapping[str, Variable[object]]] = MappingProxyType(
-    {variable.name: variable for variable in (BACKEND, CONFIG, PLUGINS, DEBUG)}  # type: ignore[misc]
+    {
+        variable.name: variable  # type: ignore[misc]
+        for variable in (BACKEND, CONFIG, PLUGINS, DEBUG, FUEL, FUEL_FILE)
+    }
 )
 
 
 def set_plugins(text: str) -> None:
     """Set ``BEDPLATE_PLUGINS`` for this process and its children."""
     os.environ[PLUGINS.name] = text
+
+
+def with_fuel(limit: int | None, file: str) -> dict[str, str]:
+    """The environment of a child process that may use so many kernels and lists them."""
+    inherited = {name: text for name, text in os.environ.items() if name != FUEL.name}
+    return (
+        inherited | ({} if limit is None else {FUEL.name: str(limit)}) | {FUEL_FILE.name: file}
+    )
 
 
 def unknown_variables(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ WRONG = {
     "mixed": 1, "deterministic": 0, "prefix_cache": None, "graphs": "yes",
     "capture_sizes": (4, 2), "capture_tokens": [16], "fusion": "all",
     "load_format": "pickle", "overlap": 1, "seed": -1, "trust_remote_code": "no", "debug": 0,
-    "backend_options": {"cpu": 1},
+    "backend_options": {"cpu": 1}, "shadow": "", "shadow_rate": 0.0,
 }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def _explain(settings: EngineConfig) -> tuple[DecisionLog, BedplateError | None]
     from bedplate.runner.startup import start
 
     try:
-        start(settings, decisions=decisions).bound.shutdown()
+        start(settings, decisions=decisions).shutdown()
     except BedplateError as error:
         return decisions, error
     return decisions, None

@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     help="Same bits for a request whatever else runs; slower.",
 )
 @click.option("--graphs/--no-graphs", default=None, help="Record and replay decode passes.")
+@click.option("--shadow", help="Backend that runs passes again, to compare every part.")
+@click.option("--shadow-rate", type=float, help="Share of passes that the shadow looks at.")
 @click.option("--page-size", type=int, help="Tokens a page.")
 @click.option("--max-total-tokens", type=int, help="Tokens the cache holds.")
 @click.option("--max-context-len", type=int, help="Most tokens of one request.")
@@ -113,7 +115,8 @@ def command(**options: Any) -> None:
     """Generate text with MODEL, a local checkpoint folder.
 
     Without MODEL the small demo model that comes with bedplate answers. A single prompt is
-    shown as it is written; several run as one batch.
+    shown as it is written; several run as one batch. With --shadow the exit status is 1 if a
+    part of the model gave something else on the second backend.
     """
     from bedplate.cli.progress import show_progress
 
@@ -129,11 +132,15 @@ def command(**options: Any) -> None:
         inputs = _inputs(engine, prompts, chat)
         if len(inputs) == 1 and not as_json:
             _stream(engine, inputs[0], params)
-            return
-        with show_progress() as progress:
-            outputs = engine.generate(inputs, params, progress=progress.requests)
-        for prompt, output in zip(prompts, outputs, strict=True):
-            _show(prompt, output, as_json=as_json)
+        else:
+            with show_progress() as progress:
+                outputs = engine.generate(inputs, params, progress=progress.requests)
+            for prompt, output in zip(prompts, outputs, strict=True):
+                _show(prompt, output, as_json=as_json)
+        report = engine.shadow
+    if report is not None:
+        click.echo(report, err=True)
+        sys.exit(report.first is not None)
 
 
 def _prompts(given: tuple[str, ...], file: Path | None) -> list[str]:

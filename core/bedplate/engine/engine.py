@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bedplate.engine.text import Tokenizer
     from bedplate.registry.decisions import DecisionLog
     from bedplate.runner.model_runner import ModelRunner
+    from bedplate.runner.shadow import ShadowReport
     from bedplate.runner.startup import Started
 
 
@@ -69,7 +70,7 @@ class Engine(EngineClient):
             self.tokenizer = _find_tokenizer(self._started)
             super().__init__(_make_core(self._started, self.tokenizer))
         except BaseException:
-            self._started.bound.shutdown()
+            self._started.shutdown()
             raise
         # What start-up made lives long: the collector would walk it for a tenth of a second,
         # in the middle of some step.
@@ -87,6 +88,12 @@ class Engine(EngineClient):
         return self._started.decisions
 
     @property
+    def shadow(self) -> ShadowReport | None:
+        """What the second backend has seen so far; ``None`` where none looks on."""
+        shadow = self._started.shadow
+        return None if shadow is None else shadow.report
+
+    @property
     def runner(self) -> ModelRunner:
         """The model and its parts, for weight updates and passes of your own."""
         return self._started.runner
@@ -94,7 +101,7 @@ class Engine(EngineClient):
     def close(self) -> None:
         """End all requests and give the device back; later calls do nothing."""
         super().close()
-        self._started.bound.shutdown()
+        self._started.shutdown()
         gc.unfreeze()
 
 

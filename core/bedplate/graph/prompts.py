@@ -243,10 +243,10 @@ class PromptGraphs:
         return self._forward(batch)
 
     def _try_capture(self, size: int) -> bool:
-        batch = self._dummy(size)
-        key = ShapeKey(mode=batch.mode, batch_size=batch.batch_size, num_tokens=size)
+        slots = self._slots
+        key = ShapeKey(mode=slots.mode, batch_size=slots.batch_size, num_tokens=size)
         try:
-            self._graphs[size] = self._runner.record(key, batch, lambda: self._run(batch))
+            self._graphs[size] = self._runner.record(key, lambda: self._dummy(size), self._run)
         except CaptureError as error:
             self._waiting.clear()
             self._runner.request.record(_dropped(size, error))

@@ -14,6 +14,7 @@ __all__ = ["GraphRunner"]
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -171,7 +172,7 @@ class GraphRunner(ABC):
                 if key.batch_size in sizes:
                     batch = self._static_batch(key.batch_size, key.hidden_mode)
                     self._attention.prepare(batch)
-                    self._recorded_part(batch)()
+                    self._recorded_part(batch)
 
     def capture_next(self, size: int | None = None) -> bool:
         """Capture one graph of those that wait; between passes, when there is time.
@@ -211,31 +212,38 @@ class GraphRunner(ABC):
             CaptureError: Whatever failed; nothing is kept of the attempt.
         """
         try:
-            self._static_slots().reset()
-            batch = self._static_batch(key.batch_size, key.hidden_mode)
-            self._graphs[key] = self.record(key, batch, self._recorded_part(batch))
+            self._graphs[key] = self.record(key, lambda: self._dummy(key), self._recorded_part)
         finally:
             self.generation += 1
         self._failed.discard(key)
         self._routes.clear()
 
     def record(
-        self, key: ShapeKey, batch: ForwardBatch, run: Callable[[], LogitsOutput]
+        self,
+        key: ShapeKey,
+        make_batch: Callable[[], ForwardBatch],
+        run: Callable[[ForwardBatch], LogitsOutput],
     ) -> Captured:
-        """Record ``run``, which passes ``batch``, after warm-ups; within ``capture_stream``.
+        """Record a pass, after warm-ups; within ``capture_stream``.
+
+        Args:
+            key: What the graph is for.
+            make_batch: The dummy batch, over the addresses that replays will read.
+            run: What is recorded, given that batch.
 
         Raises:
             CaptureError: Whatever failed; the graph and its pool are not to be used again.
         """
         runtime = self.request.runtime
         try:
+            batch = make_batch()
             with model_capture_mode(), runtime.inference_guard():
                 graph = self.create_graph(key)
                 self._attention.prepare(batch)
                 for _ in range(_WARM_UPS):
                     runtime.synchronize()
-                    run()
-                output = self.capture_graph(graph, run)
+                    run(batch)
+                output = self.capture_graph(graph, partial(run, batch))
         except Exception as error:
             # A device may go on recording into the pool of a capture that broke off, and
             # refuse the next one that names it: that one gets a pool of its own.
@@ -343,17 +351,17 @@ class GraphRunner(ABC):
         views: dict[str, Any] = {**self._static_slots().view(size)}
         return ForwardBatch(mode=self.mode, batch_size=size, capture_hidden=hidden, **views)
 
-    def _recorded_part(self, batch: ForwardBatch) -> Callable[[], LogitsOutput]:
-        begin = self.request.begin
+    def _dummy(self, key: ShapeKey) -> ForwardBatch:
+        """The batch of a capture: nothing but padding."""
+        self._static_slots().reset()
+        return self._static_batch(key.batch_size, key.hidden_mode)
 
-        def run() -> LogitsOutput:
-            if begin is not None:
-                begin(batch)
-            self._attention.prepare_in_graph(batch)
-            output: LogitsOutput = self.request.forward(batch)
-            return output
-
-        return run
+    def _recorded_part(self, batch: ForwardBatch) -> LogitsOutput:
+        if self.request.begin is not None:
+            self.request.begin(batch)
+        self._attention.prepare_in_graph(batch)
+        output: LogitsOutput = self.request.forward(batch)
+        return output
 
     def _try_capture(self, key: ShapeKey) -> None:
         try:

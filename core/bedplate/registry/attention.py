@@ -16,13 +16,14 @@ from bedplate.contract.decisions import Candidate, Decision
 from bedplate.errors import BackendError, ContractError
 from bedplate.registry.faults import fault
 from bedplate.registry.records import nearest
-from bedplate.registry.support import ask_support, promises
+from bedplate.registry.support import ask_support, promises, refusing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from bedplate.contract.attention import AttentionRequest
     from bedplate.contract.capabilities import DeterminismClass
+    from bedplate.contract.decisions import Support
     from bedplate.registry.decisions import DecisionLog
 
 Mode = Literal["all", "decode", "extend"]
@@ -40,9 +41,15 @@ class AttentionProviders:
         self._decisions = decisions
         self._backend = backend
         self._providers: list[AttentionProvider] = []
+        self._overrides: set[str] = set()
+        self._withdrawn: dict[str, str] = {}
 
-    def register(self, provider: AttentionProvider) -> None:
+    def register(self, provider: AttentionProvider, *, override: bool = False) -> None:
         """Add one implementation.
+
+        Args:
+            provider: What is offered.
+            override: Whether an override pack offers it, for a backend that is not its own.
 
         Raises:
             ContractError: It is no ``AttentionProvider``, or its name is taken.
@@ -56,15 +63,33 @@ class AttentionProviders:
                 "is registered already. Give it another name."
             )
         self._providers.append(provider)
+        if override:
+            self._overrides.add(provider.name)
+
+    def is_override(self, provider: AttentionProvider) -> bool:
+        """Whether an override pack brought it."""
+        return provider.name in self._overrides
+
+    def withdraw(self, provider: AttentionProvider, reason: str) -> None:
+        """From now on ``provider`` is not chosen."""
+        self._withdrawn[provider.name] = reason
+
+    def next_best(
+        self, request: AttentionRequest, provider: AttentionProvider
+    ) -> AttentionProvider | None:
+        """What would serve ``request`` without ``provider``; records nothing."""
+        ranked = [p for p in self._ranked() if p is not provider and p.modes == "all"]
+        chosen, _ = ask_support(self._questions(ranked, request), request)
+        return None if chosen is None else ranked[chosen]
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """Forget what was registered inside, if the block raises."""
-        before = list(self._providers)
+        before, overrides = list(self._providers), set(self._overrides)
         try:
             yield
         except BaseException:
-            self._providers = before
+            self._providers, self._overrides = before, overrides
             raise
 
     def choose_attention(
@@ -82,12 +107,10 @@ class AttentionProviders:
         """
         point = "attention" if mode == "all" else f"attention.{mode}"
         with self._decisions.choosing(point) as decide:
-            ranked = sorted(self._providers, key=lambda p: (-p.priority, p.name))
+            ranked = self._ranked()
             fitting = [p for p in ranked if p.modes in ("all", mode)]
             asked = [p for p in fitting if name in (None, p.name)]
-            wanted: DeterminismClass = "batch_invariant" if request.deterministic else "none"
-            questions = [(p.name, promises(p.supports, p.determinism, wanted)) for p in asked]
-            chosen, verdicts = ask_support(questions, request)
+            chosen, verdicts = ask_support(self._questions(asked, request), request)
             rest = tuple(
                 self._passed_over(p, fitting, name, mode) for p in ranked if p not in asked
             )
@@ -103,6 +126,23 @@ class AttentionProviders:
         if winner is None:
             raise self._nothing_fits(request, name, verdicts + rest)
         return winner
+
+    def _ranked(self) -> list[AttentionProvider]:
+        return sorted(self._providers, key=lambda p: (-p.priority, p.name))
+
+    def _questions(
+        self, asked: list[AttentionProvider], request: AttentionRequest
+    ) -> list[tuple[str, Callable[[AttentionRequest], Support]]]:
+        wanted: DeterminismClass = "batch_invariant" if request.deterministic else "none"
+        return [
+            (
+                p.name,
+                refusing(self._withdrawn[p.name])
+                if p.name in self._withdrawn
+                else promises(p.supports, p.determinism, wanted),
+            )
+            for p in asked
+        ]
 
     def __iter__(self) -> Iterator[AttentionProvider]:
         return iter(tuple(self._providers))

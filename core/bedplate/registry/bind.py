@@ -11,7 +11,7 @@ __all__ = ["BindRequest", "BoundBackend", "bind_backend"]
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bedplate.contract.capabilities import BackendCapabilities
@@ -25,6 +25,7 @@ from bedplate.contract.runtime import ActivateRequest, DeviceRuntime
 from bedplate.registry.attention import AttentionProviders
 from bedplate.registry.binding import Binding, capability_problems
 from bedplate.registry.configure import apply_proposals
+from bedplate.registry.fuel import Fuel
 from bedplate.registry.ops import Operations
 from bedplate.registry.packs import register_packs
 
@@ -65,6 +66,7 @@ class BoundBackend:
         step_observers: Called with each step's statistics; never raise.
         decision_observers: Told every decision; already subscribed to the log.
         shutdown: Gives everything back, once; later calls do nothing. Never raises.
+        fuel: How many kernels may be used.
     """
 
     name: str
@@ -84,6 +86,7 @@ class BoundBackend:
     step_observers: tuple[Callable[[StepStats], None], ...]
     decision_observers: tuple[Callable[[Decision], object], ...]
     shutdown: Callable[[], None]
+    fuel: Fuel = field(default_factory=Fuel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +166,7 @@ def _bind(
         step_observers=_step_observers(binding.survey),
         decision_observers=observers,
         shutdown=binding.shutdown,
+        fuel=Fuel.from_environment(request.environment),
     )
 
 

@@ -28,12 +28,14 @@ CHOICE_POINTS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "backend": "which backend runs the engine",
         "pack.*": "whether an override pack takes part",
+        "override.*": "whether what a pack offers keeps its place, by numbers and by time",
         "config.*": "whether a setting that nobody gave follows the backend's proposal",
         "op.*": "which implementation of an operation is used",
         "attention": "which attention implementation is used",
     }
 )
-"""Points chosen in this package: name, with ``*`` for the open part, and its question."""
+"""Points chosen in this package, and where its choices are tried on a model: name, with ``*``
+for the open part, and its question."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from bedplate.config import EngineConfig
+    from bedplate.env import PluginFilter
     from bedplate.registry.decisions import DecisionLog
     from bedplate.registry.records import Survey
 
@@ -35,22 +36,32 @@ def backend_request(config: EngineConfig) -> BackendRequest:
     return BackendRequest(text=text, source=env.BACKEND.name) if text else BackendRequest()
 
 
-def survey(*, path: Sequence[str] | None = None, probe: bool = True) -> Survey:
+def survey(
+    *,
+    path: Sequence[str] | None = None,
+    probe: bool = True,
+    allowed: PluginFilter | None = None,
+) -> Survey:
     """Stages 1–3 for everything installed.
 
     Args:
         path: Folders to search for metadata; ``sys.path`` when not given.
         probe: Whether to ask all backends if they could run here.
+        allowed: Which plugins may load; as ``BEDPLATE_PLUGINS`` says when not given.
 
     Raises:
         ConfigError: ``BEDPLATE_PLUGINS`` cannot be read.
     """
-    found = inspect_plugins(enumerate_plugins(env.PLUGINS.get(), path=path))
+    found = inspect_plugins(enumerate_plugins(allowed or env.PLUGINS.get(), path=path))
     return probe_backends(found, env.environment()) if probe else found
 
 
 def explain_backend(
-    request: BackendRequest, decisions: DecisionLog, *, path: Sequence[str] | None = None
+    request: BackendRequest,
+    decisions: DecisionLog,
+    *,
+    path: Sequence[str] | None = None,
+    allowed: PluginFilter | None = None,
 ) -> tuple[Selection, Survey]:
     """Stages 1–4: which backend would run; records the decision, raises nothing it found.
 
@@ -59,7 +70,7 @@ def explain_backend(
     """
     with decisions.choosing("backend") as decide:
         names = [wanted.name for wanted in parse_request(request)]
-        found = survey(path=path, probe=not names)
+        found = survey(path=path, probe=not names, allowed=allowed)
         found = probe_backends(found, env.environment(), names=names or None)
         selection = select_backend(request, found)
         if selection.error is not None:
@@ -78,6 +89,7 @@ def open_backend(
     rank: int = 0,
     world_size: int = 1,
     path: Sequence[str] | None = None,
+    allowed: PluginFilter | None = None,
 ) -> BoundBackend:
     """All five stages.
 
@@ -89,12 +101,15 @@ def open_backend(
         rank: This process's number.
         world_size: Processes that serve one model.
         path: Folders to search for metadata; ``sys.path`` when not given.
+        allowed: As in ``survey``.
 
     Raises:
         ConfigError: Request or environment cannot be read.
         BackendError: Nothing may be chosen, or what was chosen fails; see ``faults``.
     """
-    selection, found = explain_backend(request or backend_request(config), decisions, path=path)
+    selection, found = explain_backend(
+        request or backend_request(config), decisions, path=path, allowed=allowed
+    )
     if selection.error is not None:
         raise selection.error
     assert selection.record is not None

@@ -8,7 +8,7 @@ backends: what belongs to bedplate is what the metadata of the distribution ``be
 
 from __future__ import annotations
 
-__all__ = ["GROUPS", "HOME", "RESERVED_WORDS", "enumerate_plugins"]
+__all__ = ["GROUPS", "HOME", "RESERVED_WORDS", "enumerate_plugins", "name_problem"]
 
 import re
 from collections import defaultdict
@@ -94,6 +94,23 @@ def enumerate_plugins(
         home_version=home.version if home else "",
         findings=tuple(findings),
     )
+
+
+def name_problem(name: str, survey: Survey) -> str:
+    """Why a backend of somebody else cannot have this name; empty if it can.
+
+    Args:
+        name: What it would like to be called.
+        survey: Everything installed.
+    """
+    if not _NAME.fullmatch(name):
+        return f"'{name}' is not made of a-z, 0-9 and _, beginning with a letter"
+    taken = [record for record in survey.backends() if record.name == name]
+    if name in RESERVED_WORDS | survey.known or any(_is_home(record) for record in taken):
+        return f"'{name}' is reserved for bedplate"
+    if taken:
+        return f"'{name}' is installed already, from {taken[0].distribution}"
+    return ""
 
 
 def _walk(path: Sequence[str] | None) -> Iterator[_Installed]:

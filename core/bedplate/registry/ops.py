@@ -17,12 +17,13 @@ from bedplate.contract.ops import OpProvider, OpRegistry, OpRequest
 from bedplate.errors import ContractError
 from bedplate.registry.faults import fault
 from bedplate.registry.records import nearest
-from bedplate.registry.support import ask_support, promises
+from bedplate.registry.support import ask_support, promises, refusing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from bedplate.contract.capabilities import DeterminismClass
+    from bedplate.contract.decisions import Support
     from bedplate.registry.decisions import DecisionLog
 
 REFERENCE: Final = "reference"
@@ -52,6 +53,7 @@ class Operations(OpRegistry):
             op: [_meaning(op, call)] for op, call in reference.items()
         }
         self._chosen: dict[tuple[object, ...], OpProvider] = {}
+        self._withdrawn: dict[tuple[object, ...], dict[str, str]] = {}
 
     def register(self, provider: OpProvider) -> None:
         """See ``OpRegistry.register``.
@@ -91,19 +93,55 @@ class Operations(OpRegistry):
         Raises:
             UnsupportedError: No provider supports the request (HW060), reasons included.
         """
-        attributes = repr(sorted(request.attributes.items()))
-        identity = (request.op, request.dtype, request.arch, attributes)
+        identity = _identity(request)
         if identity not in self._chosen:
             self._chosen[identity] = self._choose(request)
         return self._chosen[identity]
 
+    @property
+    def has_overrides(self) -> bool:
+        """Whether any override pack offers anything."""
+        return any(p.kind == "kernels" for rivals in self._providers.values() for p in rivals)
+
+    def withdraw(self, request: OpRequest, provider: OpProvider, reason: str) -> None:
+        """From now on ``provider`` is not chosen for requests equal to this one."""
+        identity = _identity(request)
+        self._withdrawn.setdefault(identity, {})[provider.provider] = reason
+        self._chosen.pop(identity, None)
+
+    def next_best(self, request: OpRequest, provider: OpProvider) -> OpProvider:
+        """What would serve ``request`` without ``provider``; records nothing.
+
+        Raises:
+            UnsupportedError: Nothing would (HW060); the reference supports everything.
+        """
+        ranked = [p for p in self._ranked(request) if p.provider != provider.provider]
+        chosen, candidates = ask_support(self._questions(ranked, request), request)
+        if chosen is None:
+            raise self._nothing_fits(request, candidates)
+        return ranked[chosen]
+
+    def _ranked(self, request: OpRequest) -> list[OpProvider]:
+        return sorted(self._providers.get(request.op, ()), key=_rank)
+
+    def _questions(
+        self, ranked: list[OpProvider], request: OpRequest
+    ) -> list[tuple[str, Callable[[OpRequest], Support]]]:
+        withdrawn = self._withdrawn.get(_identity(request), {})
+        return [
+            (
+                p.provider,
+                refusing(withdrawn[p.provider])
+                if p.provider in withdrawn
+                else promises(p.supports, p.determinism, self._determinism),
+            )
+            for p in ranked
+        ]
+
     def _choose(self, request: OpRequest) -> OpProvider:
         with self._decisions.choosing(f"op.{request.op}") as decide:
-            ranked = sorted(self._providers.get(request.op, ()), key=_rank)
-            asked = [
-                (p.provider, promises(p.supports, p.determinism, self._determinism))
-                for p in ranked
-            ]
+            ranked = self._ranked(request)
+            asked = self._questions(ranked, request)
             chosen, candidates = ask_support(asked, request)
             decide(
                 Decision(
@@ -128,6 +166,11 @@ class Operations(OpRegistry):
             reasons=reasons or f"known operations: {', '.join(sorted(self._providers))}",
             remedy="Ask for another dtype, or install a plugin that offers it.",
         )  # fmt: skip
+
+
+def _identity(request: OpRequest) -> tuple[object, ...]:
+    attributes = repr(sorted(request.attributes.items()))
+    return (request.op, request.dtype, request.arch, attributes)
 
 
 def _meaning(op: str, call: Callable[..., Any]) -> OpProvider:

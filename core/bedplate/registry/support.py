@@ -7,7 +7,7 @@ else than ``Support``, makes its candidate ``failed``; it never stops the choice
 
 from __future__ import annotations
 
-__all__ = ["ask_support", "promises"]
+__all__ = ["ask_support", "promises", "refusing"]
 
 from typing import TYPE_CHECKING, TypeVar
 
@@ -52,7 +52,12 @@ def promises(
     order = DETERMINISM_CLASSES.index
     if order(given) >= order(wanted):
         return supports
-    return lambda _request: Support.no(f"promises {given}, and {wanted} is asked for")
+    return refusing(f"promises {given}, and {wanted} is asked for")
+
+
+def refusing(reason: str) -> Callable[[Request], Support]:
+    """A question that is answered with no."""
+    return lambda _request: Support.no(reason)
 
 
 def _ask(name: str, supports: Callable[[Request], Support], request: Request) -> Candidate:

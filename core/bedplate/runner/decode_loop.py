@@ -13,7 +13,7 @@ Shapes: B requests, R request rows, V vocabulary.
 
 from __future__ import annotations
 
-__all__ = ["DecodeLoop"]
+__all__ = ["DecodeLoop", "decode_requests"]
 
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from bedplate.batch.forward_batch import ForwardBatch
+from bedplate.batch.forward_mode import ForwardMode
 from bedplate.contract.ops import OpRequest
 from bedplate.reference.decode_step import CHANGE_WIDTH, HEADER_WIDTH, DecodeRows
 from bedplate.reference.sampling import SamplingTables
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-    from bedplate.batch.forward_batch import ForwardBatch
     from bedplate.batch.logits import LogitsOutput
     from bedplate.batch.schedule_batch import ScheduleBatch
     from bedplate.contract.ops import OpRegistry
@@ -74,6 +75,7 @@ class DecodeLoop:
         dtype: str,
     ) -> None:
         self._runtime = runtime
+        self._dtype = dtype
         self._advance, self._sample = (
             ops.choose(request).call for request in decode_requests(dtype)
         )
@@ -155,6 +157,23 @@ class DecodeLoop:
         if not self._header[2]:
             self._send((0, 0, 1), np.zeros(0, np.int64))
 
+    def try_out(self, vocab_size: int) -> None:
+        """Call both operations on a few made-up rows; for a loop that nobody else uses.
+
+        Rows are set, then moved on; every second one samples, the others are greedy.
+        """
+        size = min(self._mirror.shape[1], len(self.last_tokens) - 1)
+        rows, device = np.arange(1, size + 1), self._runtime.device
+        self._mirror[:, :size] = rows, rows, rows * 16
+        batch = _empty_decode(size, device)
+        for changed in (rows - 1, rows[:0]):
+            self._send((size, len(changed), 0), changed)
+            self.begin(batch)
+        self.tables.temperature[::2] = 0.8
+        logits = torch.randn(size, vocab_size, generator=torch.Generator().manual_seed(0))
+        logits = logits.to(device, getattr(torch, self._dtype))
+        self.sample(logits, batch.req_pool_indices, batch.seq_lens)
+
     def _differences(self, batch: ScheduleBatch, generation: int) -> npt.NDArray[np.int64]:
         """Places where the device's rows, moved on by one token, are not those of ``batch``."""
         count = batch.batch_size
@@ -191,6 +210,24 @@ class DecodeLoop:
         self._copied[self._turn] = self._runtime.record_event()
         self._header = header
         self.sent_bytes += size * 4
+
+
+def _empty_decode(size: int, device: torch.device) -> ForwardBatch:
+    """A decode pass whose rows are zeros."""
+
+    def zeros(dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    return ForwardBatch(
+        mode=ForwardMode.DECODE,
+        batch_size=size,
+        input_ids=zeros(torch.int64),
+        positions=zeros(torch.int64),
+        req_pool_indices=zeros(torch.int32),
+        seq_lens=zeros(torch.int32),
+        seq_lens_cpu=torch.zeros(size, dtype=torch.int32),
+        out_cache_loc=zeros(torch.int32),
+    )
 
 
 def decode_requests(dtype: str) -> tuple[OpRequest, OpRequest]:

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.batch.logits import LogitsOutput
     from bedplate.batch.schedule_batch import ScheduleBatch
     from bedplate.contract.runtime import Event
     from bedplate.runner.model_runner import ModelRunner
     from bedplate.runner.sampling_params import SamplingParams
+    from bedplate.runner.shadow import Shadow
 
     Int64Array = npt.NDArray[np.int64]
 
@@ -48,11 +50,18 @@ class ModelExecutor:
     Args:
         runner: An initialized ``ModelRunner``.
         eos_token_ids: Tokens that ``min_tokens`` forbids, besides a request's own.
+        shadow: Looks on, where one is asked for.
     """
 
-    def __init__(self, runner: ModelRunner, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        eos_token_ids: tuple[int, ...],
+        shadow: Shadow | None = None,
+    ) -> None:
         memory = runner.bound.capabilities.memory
         self._runner = runner
+        self._shadow = shadow
         self._runtime = runner.bound.runtime
         self._asynchronous = memory.asynchronous
         table = runner.req_to_token_pool.req_to_token
@@ -87,7 +96,8 @@ class ModelExecutor:
         with self._runtime.inference_guard():
             if self._loop is not None:
                 self._loop.send_settings()
-            resident = self._runner.load_decode(batch)
+            watched = self._shadow is not None and self._shadow.due()
+            resident = None if watched else self._runner.load_decode(batch)
             if resident is not None:
                 return self._queue(batch, resident, None)
             wanted = None
@@ -96,13 +106,18 @@ class ModelExecutor:
             staged = self._staging.stage(batch, None if wanted is None else wanted.rows)
             if batch.token_on_device is not None:
                 staged = self._fill_tokens(staged, batch)
-            return self._queue(batch, staged, wanted)
+            return self._queue(batch, staged, wanted, watched=watched)
 
     def _queue(
-        self, batch: ScheduleBatch, forward_batch: ForwardBatch, wanted: LogitsRows | None
+        self,
+        batch: ScheduleBatch,
+        forward_batch: ForwardBatch,
+        wanted: LogitsRows | None,
+        *,
+        watched: bool = False,
     ) -> _Pending:
         """Run a pass that is on the device, and send its tokens back."""
-        output, graph, reason = self._runner.run(forward_batch)
+        output, graph, reason = self._run(forward_batch, watched=watched)
         logits = output.next_token_logits
         requests = _sampling(batch)
         own = _sampled_rows(logits, wanted, requests)
@@ -120,6 +135,16 @@ class ModelExecutor:
             graph=graph,
             graph_reason=reason,
         )
+
+    def _run(
+        self, batch: ForwardBatch, *, watched: bool
+    ) -> tuple[LogitsOutput, int | None, str]:
+        """As ``ModelRunner.run``, unless the shadow runs it too."""
+        if watched and self._shadow is not None:
+            output = self._shadow.run(batch)
+            if output is not None:
+                return output, None, "the shadow looks on"
+        return self._runner.run(batch)
 
     def _tokens(
         self,

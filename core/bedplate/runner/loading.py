@@ -22,6 +22,7 @@ from bedplate.models.fusion.trial import Trial
 from bedplate.models.probe import probe
 from bedplate.models.weights.build import build_module, read_config, resolve_dtype
 from bedplate.models.weights.load import LoadedModel, load_model
+from bedplate.runner.overrides import prove_operations
 from bedplate.runner.plan import ModelFacts, RunPlan, resolve_plan
 
 if TYPE_CHECKING:
@@ -85,13 +86,25 @@ def load_ready(
         together=() if config.fusion == "off" else spec.siblings,
     )
     model = HFModel(loaded.module, spec, check=config.debug)
+    trial = Trial(model, plan.max_context_len)
+    most_tokens = min(plan.max_context_len, config.chunked_prefill_tokens)
     with bound.runtime.inference_guard():
+        prove_operations(
+            bound,
+            decisions,
+            loaded.module,
+            trial,
+            mode=config.fusion,
+            most_tokens=most_tokens,
+            timed=not config.deterministic,
+        )
         fused = fuse(
             loaded.module,
             bound.ops,
             mode=config.fusion,
-            trial=Trial(model, plan.max_context_len),
+            trial=trial,
             rehearsal=bound.runtime.rehearsal,
+            allow=bound.fuel.take,
         )
     _record(fused.decisions, decisions)
     if config.deterministic:

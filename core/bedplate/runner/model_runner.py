@@ -13,6 +13,7 @@ __all__ = ["ModelRunner", "Progress"]
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +47,11 @@ from bedplate.models.weights.update import (
     update_weights_from_disk,
     update_weights_from_tensor,
 )
-from bedplate.runner.decode_loop import DecodeLoop
+from bedplate.runner.attention_overrides import prove_attention
+from bedplate.runner.decode_loop import DecodeLoop, decode_requests
 from bedplate.runner.dummy import dummy_prompt
 from bedplate.runner.loading import load_ready
+from bedplate.runner.overrides import prove_decode_loop
 from bedplate.runner.pool_size import MemoryBudget, choose_pool_size
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from bedplate.batch.schedule_batch import ScheduleBatch
     from bedplate.config import EngineConfig
     from bedplate.contract.memory import KVPool, TokenToKVPoolAllocator
+    from bedplate.contract.ops import OpRegistry, OpRequest
     from bedplate.graph.runner import GraphRunner
     from bedplate.models.adapter import HFModel
     from bedplate.models.spec import ModelSpec
@@ -77,6 +81,9 @@ _REHEARSED_TOKENS = (1, 3, 12, 24, 48, 100, 1024, 4100)
 """Lengths of prompts whose kernels are made ready: one for each class that kernels know."""
 _REHEARSED_REQUESTS = (1, 2)
 """So many prompts share that length: kernels know one from several."""
+
+_TRIED_ROWS = 17
+"""Request rows of a decode loop that is only tried, the one of padding included."""
 
 _MEM_FRACTION = 0.88
 """Share of the memory that was free before loading, unless the user says otherwise."""
@@ -243,31 +250,20 @@ class ModelRunner:
 
     def init_attention_backend(self) -> None:
         """Choose the attention for the calls the model makes, and build it."""
-        if self._provider is None:
-            self._provider = self.bound.attention_providers.choose_attention(
-                AttentionRequest(
-                    calls=self.spec.calls,
-                    dtype=self.plan.dtype,
-                    kv_dtype=self.plan.kv_dtype,
-                    page_size=self.plan.page_size,
-                    arch=self.bound.capabilities.arch,
-                    deterministic=self.config.deterministic,
-                ),
-                self.config.attention,
-            )
-        self.attention = self._provider.build(
-            AttentionBuild(
-                runtime=self.bound.runtime,
-                calls=self.spec.calls,
-                kv_pool=self.kv_pool,
-                req_to_token=self.req_to_token_pool.req_to_token,
-                page_size=self.plan.page_size,
-                dtype=getattr(torch, self.plan.dtype),
-                max_batch_size=self.plan.max_running_requests,
-                max_context_len=self.plan.max_context_len,
-                deterministic=self.config.deterministic,
-            )
+        build = AttentionBuild(
+            runtime=self.bound.runtime,
+            calls=self.spec.calls,
+            kv_pool=self.kv_pool,
+            req_to_token=self.req_to_token_pool.req_to_token,
+            page_size=self.plan.page_size,
+            dtype=getattr(torch, self.plan.dtype),
+            max_batch_size=self.plan.max_running_requests,
+            max_context_len=self.plan.max_context_len,
+            deterministic=self.config.deterministic,
         )
+        if self._provider is None:
+            self._provider = self._choose_attention(build)
+        self.attention = self._provider.build(build)
         self.model.bind_attention(self.attention, self.kv_pool)
 
     def init_device_graphs(self) -> None:
@@ -415,6 +411,41 @@ class ModelRunner:
             next_token_logits=torch.empty(shape, dtype=dtype, device=batch.input_ids.device)
         )
 
+    def _choose_attention(self, build: AttentionBuild) -> AttentionProvider:
+        """The best that supports the model and, if a pack brings it, has proven itself."""
+        providers, asked = self.bound.attention_providers, self.config.attention
+        request = AttentionRequest(
+            calls=self.spec.calls,
+            dtype=self.plan.dtype,
+            kv_dtype=self.plan.kv_dtype,
+            page_size=self.plan.page_size,
+            arch=self.bound.capabilities.arch,
+            deterministic=self.config.deterministic,
+        )
+        while True:
+            provider = providers.choose_attention(request, asked)
+            rival = providers.next_best(request, provider)
+            if rival is None or provider.provider == "reference":
+                return provider
+            reason = self._objection(provider, rival, build)
+            if not reason:
+                return provider
+            providers.withdraw(provider, reason)
+
+    def _objection(
+        self, provider: AttentionProvider, rival: AttentionProvider, build: AttentionBuild
+    ) -> str:
+        """Why ``rival`` has to take the place of ``provider``; empty if it need not."""
+        if self.bound.attention_providers.is_override(provider):
+            # Bits must not hang on a clock, nor what was asked for by name.
+            timed = not (self.config.deterministic or self.config.attention)
+            with self.bound.runtime.inference_guard():
+                reason = prove_attention(provider, rival, build, self.decisions, timed=timed)
+            if reason:
+                return reason
+        allowed = self.bound.fuel.take(f"attention: {provider.name} by {provider.provider}")
+        return "" if allowed else allowed.reason
+
     def _cell_bytes(self) -> int:
         itemsize = getattr(torch, self.plan.kv_dtype).itemsize
         return cell_bytes(self.spec.calls, itemsize=itemsize)
@@ -493,14 +524,38 @@ class ModelRunner:
     def _make_decode_loop(self, largest: int) -> DecodeLoop | None:
         if not self.bound.capabilities.graph.sampling_inside:
             return None
-        return DecodeLoop(
-            self.bound.runtime,
-            self.bound.ops,
-            self.req_to_token_pool.req_to_token,
-            max_batch_size=largest,
-            fill_len=self.attention.seq_len_fill_value,
-            dtype=self.plan.dtype,
+        table = self.req_to_token_pool.req_to_token
+
+        def make(ops: OpRegistry, table: Tensor, size: int) -> DecodeLoop:
+            return DecodeLoop(
+                self.bound.runtime,
+                ops,
+                table,
+                max_batch_size=size,
+                fill_len=self.attention.seq_len_fill_value,
+                dtype=self.plan.dtype,
+            )
+
+        scratch = torch.zeros_like(table[:_TRIED_ROWS, :_TRIED_ROWS])
+        prove_decode_loop(
+            self.bound,
+            self.decisions,
+            partial(make, table=scratch, size=_TRIED_ROWS),
+            vocab_size=self.spec.vocab_size,
+            timed=not self.config.deterministic,
         )
+        for asked in decode_requests(self.plan.dtype):
+            self._ration(asked)
+        return make(self.bound.ops, table, largest)
+
+    def _ration(self, request: OpRequest) -> None:
+        """Withdraw what there is no fuel for."""
+        ops = self.bound.ops
+        while (provider := ops.choose(request)).kind != "reference":
+            allowed = self.bound.fuel.take(f"op.{request.op}: {provider.provider}")
+            if allowed:
+                return
+            ops.withdraw(request, provider, allowed.reason)
 
     def _make_graph_runner(self, sizes: tuple[int, ...]) -> GraphRunner | None:
         memory = self.bound.capabilities.memory

@@ -16,6 +16,7 @@ from bedplate.registry.door import open_backend
 from bedplate.runner.executor import ModelExecutor
 from bedplate.runner.loading import model_folder
 from bedplate.runner.model_runner import ModelRunner
+from bedplate.runner.shadow import open_shadow
 
 if TYPE_CHECKING:
     from bedplate.config import EngineConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from bedplate.memory.req_to_token import ReqToTokenPool
     from bedplate.registry.bind import BoundBackend
     from bedplate.runner.model_runner import Progress
+    from bedplate.runner.shadow import Shadow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +33,13 @@ class Started:
 
     Attributes:
         config: The settings.
-        bound: The backend; call ``bound.shutdown()`` at the end.
+        bound: The backend; call ``shutdown()`` at the end.
         decisions: Every choice that was made.
         runner: The model and its parts.
         executor: Runs the scheduler's batches.
         tokenizer_folder: Where the tokenizer is.
         eos_token_ids: Tokens that end a text.
+        shadow: The second backend that looks on, or ``None``.
     """
 
     config: EngineConfig
@@ -46,6 +49,13 @@ class Started:
     executor: ModelExecutor
     tokenizer_folder: Path
     eos_token_ids: tuple[int, ...]
+    shadow: Shadow | None
+
+    def shutdown(self) -> None:
+        """Give every device back; later calls do nothing."""
+        if self.shadow is not None:
+            self.shadow.shutdown()
+        self.bound.shutdown()
 
     @property
     def allocator(self) -> TokenToKVPoolAllocator:
@@ -108,14 +118,16 @@ def start(
         runner = ModelRunner(bound.config, bound, decisions, progress)
         runner.initialize()
         eos = _end_tokens(runner)
+        shadow = open_shadow(runner)
         return Started(
             config=bound.config,
             bound=bound,
             decisions=decisions,
             runner=runner,
-            executor=ModelExecutor(runner, eos),
+            executor=ModelExecutor(runner, eos, shadow),
             tokenizer_folder=_tokenizer_folder(config),
             eos_token_ids=eos,
+            shadow=shadow,
         )
     except BaseException:
         bound.shutdown()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +14,12 @@ from bedplate.reference.ops import OPERATIONS, RMS_NORM_ORDERS
 from bedplate.registry import DecisionLog, open_backend, survey
 
 plugin = pytest.importorskip("bedplate_rms_norm_pack.plugin")
+
+
+def test_a_pack_is_thirty_lines_of_code():
+    text = Path(plugin.__file__).read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines()]
+    assert sum(bool(line) and not line.startswith(("#", '"""')) for line in lines) <= 30
 
 
 def test_comes_through_the_door():

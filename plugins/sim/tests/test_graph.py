@@ -108,7 +108,7 @@ def test_released_graphs_give_their_memory_back(lazy):
     assert lazy.memory().free_bytes < before.free_bytes
     bench.runner.release()
     bench.attention.prepared.clear()  # which keeps slots, and then what a graph made
-    bench.attention._visible = None
+    bench.attention._visible = bench.attention._rows = None
     lazy.synchronize()
     lazy.empty_cache()
     assert lazy.memory().free_bytes == before.free_bytes

@@ -8,11 +8,11 @@ import random
 from tests.integration.parity.rig import Rig
 
 
-def run_story(module, spec, *, vocab_size, decode_steps=4, seed=0, check=True):
+def run_story(module, spec, *, vocab_size, decode_steps=4, seed=0, **options):
     """The rig after the whole scenario, and its four sequences."""
     chance = random.Random(seed)
     prompts = [[chance.randrange(3, vocab_size) for _ in range(n)] for n in (13, 5, 21)]
-    rig = Rig(module, spec, seed=seed, check=check)
+    rig = Rig(module, spec, seed=seed, **options)
     first, second, third = (rig.start(prompt) for prompt in prompts)
     # Ragged, and the first and third prompt only in part.
     rig.extend((first, 9), (second, 5), (third, 6))

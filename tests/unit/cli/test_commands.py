@@ -166,7 +166,7 @@ def test_explain_model_starts_it_and_shuts_down(run, monkeypatch, error):
         decisions.record(Decision(point="dtype", chosen="a", candidates=(chosen,)))
         if error is not None:
             raise error
-        return SimpleNamespace(bound=SimpleNamespace(shutdown=lambda: calls.append("shutdown")))
+        return SimpleNamespace(shutdown=lambda: calls.append("shutdown"))
 
     monkeypatch.setitem(sys.modules, "bedplate.runner.startup", SimpleNamespace(start=start))
     done = run("explain", "--model", "/m")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from bedplate.contract import Candidate, Decision, OpRegistry
+from bedplate.contract import Candidate, Decision, OpRegistry, Support
 from bedplate.errors import BackendError, ConfigError
 from bedplate.models.fusion.attention_block import find_attention_blocks
 from bedplate.models.fusion.calls import observe, trial_forward
@@ -34,6 +34,7 @@ from bedplate.models.fusion.site import Site, difference
 
 if TYPE_CHECKING:
     from bedplate.models.fusion.calls import Call
+    from bedplate.models.fusion.site import Providers
     from bedplate.models.fusion.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ FusionMode = Literal["off", "leaf", "block"]
 Verdict = Literal["chosen", "possible", "refused", "failed"]
 Run = Callable[[nn.Module], Tensor]
 Rehearsal = Callable[[], AbstractContextManager[object] | None]
+Allow = Callable[[str], Support]
 
 # For logits of the whole model. Narrow types round once more in every layer, so there the
 # check can only catch a broken form; the sites themselves were verified to the last bits.
@@ -88,6 +90,7 @@ def fuse(
     run: Run = trial_forward,
     trial: Trial | None = None,
     rehearsal: Rehearsal = lambda: None,
+    allow: Allow = lambda _site: Support.yes(),
 ) -> FusionPlan:
     """Fuse what pays and is proven right; call after loading and before graph capture.
 
@@ -103,6 +106,7 @@ def fuse(
         trial: Runs the model as it will run; blocks with attention are found only in it.
             Takes the place of ``run``.
         rehearsal: Makes the context of ``DeviceRuntime.rehearsal``, or ``None``.
+        allow: Asked before a proven site is used, by its point and providers.
 
     Raises:
         ConfigError: Unknown mode.
@@ -127,9 +131,9 @@ def fuse(
     sites = _find(calls, mode, trial)
     _rehearse(rehearsal(), sites, ops, lambda: [run(module) for run in runs])
     check = partial(_check_model, module, runs, references)
-    made, used, broken = _use(sites, ops, check)
+    made, used, broken = _use(sites, ops, check, allow)
     if broken:  # by some kind, which kind by kind will show
-        parts = [_use(kind, ops, check) for kind in _kinds(sites)]
+        parts = [_use(kind, ops, check, allow) for kind in _kinds(sites)]
         made = [decision for part, _, _ in parts for decision in part]
         used = [site for _, part, _ in parts for site in part]
     decisions += made
@@ -182,14 +186,14 @@ def _kinds(sites: Sequence[Site]) -> list[list[Site]]:
 
 
 def _use(
-    sites: Sequence[Site], ops: OpRegistry, check: Callable[[], str]
+    sites: Sequence[Site], ops: OpRegistry, check: Callable[[], str], allow: Allow
 ) -> tuple[list[Decision], list[Site], str]:
     """Try sites, and take all back if the whole model is no longer right.
 
     Returns:
         A decision for each, those in use, and what ``check`` found wrong.
     """
-    results = [_try(site, ops) for site in sites]
+    results = [_try(site, ops, allow) for site in sites]
     used = [site for site, (_, ok) in zip(sites, results, strict=True) if ok]
     broken = check() if used else ""
     if not broken:
@@ -203,7 +207,7 @@ def _use(
     return decisions, [], broken
 
 
-def _try(site: Site, ops: OpRegistry) -> tuple[Decision, bool]:
+def _try(site: Site, ops: OpRegistry, allow: Allow) -> tuple[Decision, bool]:
     """Verify and apply one site."""
     try:
         providers = {request.op: ops.choose(request) for request in site.requests()}
@@ -218,8 +222,17 @@ def _try(site: Site, ops: OpRegistry) -> tuple[Decision, bool]:
         return _decision(site, "failed", why), False
     if not evidence.ok:
         return _decision(site, "failed", evidence.text), False
+    allowed = allow(_label(site, providers))
+    if not allowed:
+        return _decision(site, "refused", allowed.reason), False
     site.apply()
     return _decision(site, "chosen", f"{pays.reason}; {evidence.text}"), True
+
+
+def _label(site: Site, providers: Providers) -> str:
+    """A site and who works in it."""
+    parts = [f"{op} by {p.provider}" for op, p in providers.items() if p.kind != "reference"]
+    return f"fusion.{site.path}.{site.pattern}: {', '.join(parts) or 'plain torch'}"
 
 
 def _check_model(module: nn.Module, runs: Sequence[Run], references: Sequence[Tensor]) -> str:

@@ -79,7 +79,10 @@ class Trial:
         tokens: int = TRIAL_TOKENS,
         rows: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Logits ``[T, V]`` of the first tokens, or of some of them."""
+        """Logits ``[T, V]`` of the first tokens, or of some of them.
+
+        Of more than eight, at neighbouring places.
+        """
         attention = _TrialAttention()
         self.model.bind_attention(attention)
         batch = self._batch(tokens)
@@ -100,7 +103,7 @@ class Trial:
             mode=ForwardMode.EXTEND,
             batch_size=1,
             input_ids=ids,
-            positions=self.positions[:count],
+            positions=self._positions(count),
             req_pool_indices=none.to(device),
             seq_lens=length.to(device),
             seq_lens_cpu=length,
@@ -113,6 +116,11 @@ class Trial:
                 prefix_lens_cpu=none,
             ),
         )
+
+    def _positions(self, count: int) -> Tensor:
+        if count <= TRIAL_TOKENS:
+            return self.positions[:count]
+        return torch.arange(count, device=self.positions.device)
 
 
 def _spread(limit: int) -> list[int]:

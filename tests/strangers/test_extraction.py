@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An in-tree backend, copied out and renamed, is a stranger's backend that works as well."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+
+import pytest
+from tests.architecture.tree import BACKENDS, folders
+
+from bedplate import template
+
+
+def extract(name, into):
+    """A distribution of its own, with the template's pyproject; no line is edited by hand."""
+    new = f"copied_{name}"
+    package = into / f"bedplate_{new}"
+    shutil.copytree(
+        BACKENDS / name / f"bedplate_{name}", package,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )  # fmt: skip
+    for path in package.rglob("*.py"):
+        text = path.read_text().replace(f"bedplate_{name}", f"bedplate_{new}")
+        path.write_text(
+            text.replace(f'"{name}"', f'"{new}"') if path.stem == "plugin" else text
+        )
+    for path in ("pyproject.toml", "README.md", "tests/test_conformance.py"):
+        (into / path).parent.mkdir(exist_ok=True)
+        (into / path).write_text(template.render(new)[path])
+    return new
+
+
+def same_but_for_its_name(copy, original):
+    ours = ("name", "distribution", "version", "reason")
+    return {k: v for k, v in copy.items() if k not in ours} == {
+        k: v for k, v in original.items() if k not in ours
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", folders(BACKENDS), ids=lambda folder: folder.name)
+def test_a_copied_backend_installs_and_passes(home, folder):
+    package = home.folder / "package"
+    package.mkdir()
+    name = extract(folder.name, package)
+    home.install(package)
+    rows = home.backends()
+    copy, original = rows[f"backend:{name}"], rows[f"backend:{folder.name}"]
+    assert copy["distribution"] == f"bedplate-{name.replace('_', '-')}"
+    assert same_but_for_its_name(copy, original), (copy, original)
+    if copy["status"] == "usable":
+        assert home.answer(name)["text"].strip() == "12 + 30 = 42."
+    else:
+        assert copy["reason"] == original["reason"]
+        assert copy["code"] in home.failure("generate", "--backend", name, "-p", "Hello")
+    if find_spec("bedplate.conformance"):
+        home.run("-m", "pytest", "-q", folder=package)
