@@ -54,8 +54,8 @@ class EngineConfig:
         attention: Name of the attention implementation.
         graphs: Whether passes are recorded and replayed.
         capture_sizes: Request counts to record graphs for, ascending.
-        capture_tokens: Numbers of new tokens to record prompt passes for, ascending; empty for
-            none.
+        capture_tokens: Numbers of new tokens to record prompt passes for, ascending; those that
+            no pass can have are left out; empty for none.
         fusion: How much of a model is replaced by faster forms after proof: ``off`` nothing,
             ``leaf`` sibling linears and norms, ``block`` whole layers where they are known.
         load_format: ``auto``, ``safetensors``, or ``dummy`` (random weights from a config).

@@ -578,11 +578,13 @@ class ModelRunner:
 
     def _make_prompt_graphs(self, runner: GraphRunner) -> PromptGraphs | None:
         """``None`` where attention bakes lengths in, or nobody wants them."""
+        longest = self._longest_prompt()
         sizes = self.config.capture_tokens
         if sizes is None:
             sizes = self._token_sizes
         if sizes is None:
-            sizes = token_sizes(self._longest_prompt())
+            sizes = token_sizes(longest)
+        sizes = tuple(size for size in sizes if size <= longest)
         if not sizes or not self.attention.extend_recordable:
             return None
         return PromptGraphs(

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 class SimAttention(AttentionBackend):
     """The reference's arithmetic, on the device's side."""
 
+    extend_recordable = True
+
     def __init__(self, build: AttentionBuild) -> None:
         self._pool = build.kv_pool
         self._req_to_token = build.req_to_token

@@ -62,8 +62,9 @@ def expected(folder):
 
 
 SETTINGS = {
-    "whole steps": {},
-    "a step at a time": {"overlap": False},
+    # Prompts too; which of them pay is timed otherwise, and here they must be recorded.
+    "whole steps": {"capture_tokens": (16, 32, 64)},
+    "a step at a time": {"overlap": False, "capture_tokens": ()},
     "eager": {"graphs": False},
     # So small that somebody has to give way, and come back in chunks.
     "tiny": {
@@ -71,6 +72,7 @@ SETTINGS = {
         "chunked_prefill_tokens": 16,
         "page_size": 8,
         "mixed": True,
+        "capture_tokens": (8, 20),
     },
 }
 CASES = [
@@ -97,10 +99,26 @@ def test_tokens_are_those_of_the_host(folder, expected, schedule, settings, monk
             assert answers(engine, **SAMPLING[name]) == expected[name]
         replays = engine.runner.graph_runner and engine.runner.graph_runner.stats.replays
         assert bool(replays) == (settings != "eager")
+        prompts = engine.runner.prompt_graphs
+        wanted = bool(SETTINGS[settings].get("capture_tokens"))
+        assert (prompts is not None and prompts.stats.replays.total() > 0) == wanted
         assert bool(preempted) == (settings == "tiny")
         assert not engine.decisions.unexplained()
     finally:
         engine.close()
+
+
+def test_logprobs_come_with_their_step_and_make_nobody_wait(folder):
+    params = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    found = {}
+    for backend in ("cpu", "sim"):
+        with open_engine(folder, backend, {"schedule": "lazy"}) as engine:
+            outputs = engine.generate(prompts(), params)
+            assert [output.error for output in outputs] == [""] * len(outputs)
+            found[backend] = [
+                entry.logprob for o in outputs for entry in (*o.logprobs, *o.prompt_logprobs)
+            ]
+    np.testing.assert_allclose(found["sim"], found["cpu"], atol=1e-4)
 
 
 MASKS = {
