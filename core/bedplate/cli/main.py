@@ -21,6 +21,7 @@ from bedplate.errors import BedplateError, ConfigError
 COMMANDS = MappingProxyType(
     {
         "backends": ("bedplate.cli.backends", "What is here, what is not, and why."),
+        "conformance": ("bedplate.cli.conformance", "Examine a backend, level by level."),
         "doctor": ("bedplate.cli.doctor", "Examine this installation and machine."),
         "explain": ("bedplate.cli.explain", "Every choice of a start-up, with its candidates."),
         "generate": ("bedplate.cli.generate", "Generate text from prompts."),

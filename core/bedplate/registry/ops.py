@@ -85,6 +85,10 @@ class Operations(OpRegistry):
             self._providers = before
             raise
 
+    def providers(self, op: str) -> tuple[OpProvider, ...]:
+        """Every implementation of an operation, preferred ones first, its meaning last."""
+        return tuple(sorted(self._providers.get(op, ()), key=_rank))
+
     def choose(self, request: OpRequest) -> OpProvider:
         """See ``OpRegistry.choose``. Equal requests are answered from memory.
 
@@ -99,7 +103,7 @@ class Operations(OpRegistry):
 
     def _choose(self, request: OpRequest) -> OpProvider:
         with self._decisions.choosing(f"op.{request.op}") as decide:
-            ranked = sorted(self._providers.get(request.op, ()), key=_rank)
+            ranked = self.providers(request.op)
             asked = [
                 (p.provider, promises(p.supports, p.determinism, self._determinism))
                 for p in ranked

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole kit as a test module: ``from bedplate.conformance.suite import *``.
+
+The backend is named by ``--backend`` where the plugin is loaded, by ``BACKEND = "acme"`` in
+the module that imports this, or by ``BEDPLATE_BACKEND``; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+__all__ = ["PROPERTY", "SUBJECTS", "pytest_generate_tests", "test_conformance"]
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from bedplate import env
+from bedplate.conformance.examine import all_checks, examine, matching
+from bedplate.conformance.subject import Subject
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bedplate.conformance.check import Check
+
+PROPERTY = "bedplate_result"
+"""Name of the property of a test's report that holds the result."""
+
+
+class Subjects:
+    """Backends that are open in this session, by name.
+
+    Attributes:
+        config: pytest's configuration, once tests were generated.
+    """
+
+    def __init__(self) -> None:
+        self.config: pytest.Config | None = None
+        self._subjects: dict[str, Subject] = {}
+
+    def get(self, name: str) -> Subject:
+        """The subject of that name; opened when first asked for."""
+        if name not in self._subjects:
+            self._subjects[name] = Subject(name)
+        return self._subjects[name]
+
+    def opened(self) -> list[Subject]:
+        """All subjects."""
+        return list(self._subjects.values())
+
+    def close(self) -> None:
+        """Give all devices back."""
+        for subject in self._subjects.values():
+            subject.close()
+        self._subjects.clear()
+
+
+SUBJECTS = Subjects()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test per check that is asked for."""
+    if metafunc.function is not test_conformance:
+        return
+    SUBJECTS.config = metafunc.config
+    subject = SUBJECTS.get(_backend(metafunc))
+    levels, patterns = _wanted(metafunc.config)
+    checks = [
+        check
+        for check in all_checks(subject, levels)
+        if not patterns or any(matching(check.id, pattern) for pattern in patterns)
+    ]
+    metafunc.parametrize(
+        ("check", "subject"), [(check, subject) for check in checks],
+        ids=[check.id for check in checks],
+    )  # fmt: skip
+
+
+def test_conformance(
+    check: Check, subject: Subject, record_property: Callable[[str, object], None],
+    pytestconfig: pytest.Config,
+) -> None:  # fmt: skip
+    """One check; see the report for what became of it."""
+    result = examine(check, subject)
+    record_property(PROPERTY, result.to_json())
+    if result.outcome == "failed":
+        pytest.fail(f"{result.reason}\n{result.reproducer}", pytrace=False)
+    if result.outcome == "not declared":
+        pytest.skip(f"not declared: {result.reason}")
+    if result.outcome == "known gap":
+        pytest.xfail(result.reason)
+    if result.outcome == "surplus" and pytestconfig.getoption("fail_surplus", False):
+        pytest.fail(f"surplus: {result.reason}", pytrace=False)
+
+
+def _backend(metafunc: pytest.Metafunc) -> str:
+    name = (
+        metafunc.config.getoption("--backend", None)
+        or getattr(metafunc.module, "BACKEND", None)
+        or env.BACKEND.get()
+    )
+    if not name:
+        raise pytest.UsageError(
+            "The kit examines the backend that you name. Name it: --backend NAME with "
+            "-p bedplate.conformance.plugin, BACKEND = 'NAME' in the test module, or "
+            "BEDPLATE_BACKEND=NAME. To see names: `bedplate backends`"
+        )
+    return str(name)
+
+
+def _wanted(config: pytest.Config) -> tuple[tuple[int, ...] | None, list[str]]:
+    """Levels and patterns; all where the plugin, which has the options, is not loaded."""
+    text = config.getoption("--level", None)
+    if text is None:
+        return None, []
+    from bedplate.conformance.plugin import parse_levels
+
+    return parse_levels(text), config.getoption("--only")
