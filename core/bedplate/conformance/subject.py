@@ -9,12 +9,12 @@ from __future__ import annotations
 
 __all__ = ["Opened", "Subject"]
 
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -28,13 +28,13 @@ from bedplate.registry.probe import probe_backends
 from bedplate.registry.select import BackendRequest, parse_request, select_backend
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from bedplate.contract.capabilities import BackendCapabilities
     from bedplate.registry.bind import BoundBackend
     from bedplate.registry.records import PluginRecord, Survey
 
-Opener = Callable[[EngineConfig, DecisionLog], "BoundBackend"]
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +67,7 @@ class Subject:
             )
         self.name = name
         self.path = path
+        self._kept: dict[str, Any] = {}
 
     @cached_property
     def survey(self) -> Survey:
@@ -149,8 +150,16 @@ class Subject:
         finally:
             opened.bound.shutdown()
 
+    def keep(self, name: str, make: Callable[[], Kept]) -> Kept:
+        """What several checks share because making it takes long; made when first asked for."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        kept: Kept = self._kept[name]
+        return kept
+
     def close(self) -> None:
-        """Give the shared activation back."""
+        """Give the shared activation back, and all that was kept."""
+        self._kept.clear()
         opened = self.__dict__.pop("opened", None)
         if opened is not None:
             opened.bound.shutdown()
@@ -181,12 +190,8 @@ def _problems(profile: object) -> list[str]:
 
 
 def _is_day(text: str) -> bool:
-    from datetime import date
-
     try:
         date.fromisoformat(text)
     except ValueError:
         return False
     return True
-
-
