@@ -127,9 +127,10 @@ class OpCase:
             if value is not None
         ]
 
-    def meaning(self, arguments: Arguments) -> Any:
-        """What the operation gives on the host; changes what it writes in ``arguments``."""
-        return OPERATIONS[self.op](**arguments)
+    @property
+    def meaning(self) -> Callable[..., Any]:
+        """The plain-torch function; changes what it writes in its arguments."""
+        return OPERATIONS[self.op]
 
 
 def cases_of(op: str) -> tuple[OpCase, ...]:

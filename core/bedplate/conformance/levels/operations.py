@@ -101,7 +101,7 @@ def wanted(case: OpCase, arguments: dict[str, Any]) -> list[Tensor]:
     """The meaning of a case on the host, in the order of ``run_case``."""
     wide = {n: v.double() if _is_float(v) else v for n, v in arguments.items()}
     given = wide if case.wide else arguments
-    result = _whole(case.meaning(given))
+    result = _whole(case.meaning(**given))
     dtype = getattr(torch, case.dtype)
     outputs = [t.to(dtype) if case.wide else t for t in leaves(result)]
     return [*outputs, *leaves(tuple(case.written(given)))]
