@@ -9,9 +9,10 @@ not working ``not declared``.
 
 from __future__ import annotations
 
-__all__ = ["OUTCOMES", "Check", "Leave", "Outcome", "Result", "Wrong", "require"]
+__all__ = ["OUTCOMES", "Check", "Leave", "Outcome", "Result", "Wrong", "matching", "require"]
 
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bedplate.contract.decisions import Support
@@ -31,6 +32,11 @@ class Wrong(AssertionError):
 
 class Leave(Exception):  # noqa: N818 - not an error, but a way out
     """The check does not apply here; the message names what is missing."""
+
+
+def matching(text: str, pattern: str) -> bool:
+    """Whether an identifier fits a pattern, in which ``*`` is any text."""
+    return fnmatchcase(text, pattern.replace("[", "[[]"))
 
 
 def require(truth: object, message: str) -> None:

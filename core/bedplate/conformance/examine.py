@@ -7,16 +7,15 @@ the mutants all come through here.
 
 from __future__ import annotations
 
-__all__ = ["all_checks", "examine", "matching"]
+__all__ = ["all_checks", "examine"]
 
 import time
 import zlib
 from datetime import UTC, date, datetime
-from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from bedplate.conformance.check import Check, Leave, Outcome, Result, Wrong
+from bedplate.conformance.check import Check, Leave, Outcome, Result, Wrong, matching
 from bedplate.conformance.levels import LEVELS
 from bedplate.errors import BedplateError
 
@@ -37,11 +36,6 @@ def all_checks(subject: Subject, levels: Collection[int] | None = None) -> Itera
     for level in LEVELS:
         if levels is None or level.number in levels:
             yield from import_module(level.module).checks(subject)
-
-
-def matching(text: str, pattern: str) -> bool:
-    """Whether an identifier fits a pattern, in which ``*`` is any text."""
-    return fnmatchcase(text, pattern.replace("[", "[[]"))
 
 
 def examine(check: Check, subject: Subject, today: date | None = None) -> Result:
@@ -67,7 +61,8 @@ def _run(check: Check, subject: Subject) -> tuple[Outcome, str, dict[str, float]
         return "not declared", declared.reason, {}
     _seed(check.id)
     try:
-        numbers = check.run(subject) or {}
+        with subject.examined_by(check.id):
+            numbers = check.run(subject) or {}
     except Leave as answer:
         return "not declared", str(answer), {}
     except Exception as error:

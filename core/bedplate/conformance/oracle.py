@@ -86,6 +86,10 @@ class Oracle:
         model.save_pretrained(self._folder.name)
         self.model = model.float()
 
+    def close(self) -> None:
+        """Delete the checkpoint."""
+        self._folder.cleanup()
+
     @property
     def folder(self) -> Path:
         """The checkpoint."""

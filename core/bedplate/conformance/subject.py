@@ -7,19 +7,20 @@ start of its own calls ``open``.
 
 from __future__ import annotations
 
-__all__ = ["Opened", "Subject"]
+__all__ = ["Opened", "Subject", "process_state"]
 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from bedplate import env
 from bedplate.config import EngineConfig
+from bedplate.conformance.check import matching
 from bedplate.contract.conformance import ConformanceProfile
 from bedplate.errors import ConfigError, ContractError
 from bedplate.reference.ops import OPERATIONS
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
     from bedplate.registry.records import PluginRecord, Survey
 
 Kept = TypeVar("Kept")
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """What is kept and wants to be closed."""
+
+    def close(self) -> None:
+        """Give everything back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +62,9 @@ class Subject:
             by accident.
         path: Folders to search for metadata; ``sys.path`` when not given.
 
+    Attributes:
+        found: ``process_state`` before anything was opened.
+
     Raises:
         ConfigError: The name is no name of one backend.
     """
@@ -67,7 +79,9 @@ class Subject:
             )
         self.name = name
         self.path = path
+        self.found = process_state()
         self._kept: dict[str, Any] = {}
+        self._check = ""
 
     @cached_property
     def survey(self) -> Survey:
@@ -130,11 +144,18 @@ class Subject:
         """Where tensors of checks lie."""
         return self.bound.runtime.device
 
-    def tolerance(self, check: str, usual: float) -> float:
-        """Largest acceptable error of a check: the case's own, or wider by the profile."""
-        from bedplate.conformance.examine import matching
+    @contextmanager
+    def examined_by(self, check: str) -> Iterator[None]:
+        """While the check of this identifier runs: its tolerances hold."""
+        self._check = check
+        try:
+            yield
+        finally:
+            self._check = ""
 
-        factors = [t.factor for t in self.profile.tolerances if matching(check, t.checks)]
+    def tolerance(self, usual: float) -> float:
+        """Largest acceptable error in the check that runs: the case's, or the profile's wider."""
+        factors = [t.factor for t in self.profile.tolerances if matching(self._check, t.checks)]
         return usual * prod(factors)
 
     @contextmanager
@@ -159,6 +180,9 @@ class Subject:
 
     def close(self) -> None:
         """Give the shared activation back, and all that was kept."""
+        for kept in self._kept.values():
+            if isinstance(kept, Closing):
+                kept.close()
         self._kept.clear()
         opened = self.__dict__.pop("opened", None)
         if opened is not None:
@@ -171,6 +195,17 @@ class Subject:
             path=self.path,
         )  # fmt: skip
         return Opened(bound=bound, decisions=decisions)
+
+
+def process_state() -> dict[str, object]:
+    """What is global in the process, and not a backend's to change for good."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "autograd": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _problems(profile: object) -> list[str]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bedplate import env
-from bedplate.conformance.examine import all_checks, examine, matching
+from bedplate.conformance.check import matching
+from bedplate.conformance.examine import all_checks, examine
 from bedplate.conformance.subject import Subject
 
 if TYPE_CHECKING:

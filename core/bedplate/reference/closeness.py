@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["relative_error", "worst_ulps"]
+__all__ = ["differing_share", "relative_error", "rounding_bias", "worst_ulps"]
 
 from typing import TYPE_CHECKING
 
@@ -35,3 +35,22 @@ def worst_ulps(got: Tensor, want: Tensor) -> float:
     scale = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(want.dtype).tiny)
     worst = float((gap / (scale * unit)).amax())
     return worst if worst == worst else float("inf")
+
+
+def differing_share(got: Tensor, want: Tensor) -> float:
+    """Share of elements whose numbers are not the same."""
+    return float((got != want).double().mean()) if want.numel() else 0.0
+
+
+def rounding_bias(got: Tensor, want: Tensor) -> float:
+    """Mean of ``|got| − |want|`` in units of each number's own last place.
+
+    Sums in another order err to both sides and give about 0; cutting bits off instead of
+    rounding gives −0.5.
+    """
+    if not want.numel():
+        return 0.0
+    size = want.double().abs()
+    unit = torch.exp2(torch.floor(torch.log2(size.clamp_min(torch.finfo(want.dtype).tiny))))
+    gap = (got.double().abs() - size) / (unit * torch.finfo(want.dtype).eps)
+    return float(gap.mean())

@@ -76,6 +76,7 @@ PASSES = {
 """Kinds of pass; lengths lie on, before and behind the borders of pages of 16."""
 
 MAX_CONTEXT_LEN = 96
+_ERRORS = {"float32": 1e-5, "bfloat16": 1.2e-2, "float16": 2e-3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +112,12 @@ class AttentionCase:
 
     @property
     def tolerance(self) -> float:
-        """Largest relative error."""
-        exact = {"float32": 1e-5, "bfloat16": 1.2e-2, "float16": 2e-3}
-        return exact.get(self.dtype, 1e-2)
+        """Largest relative error.
+
+        With a narrower cache it is the cache's: new keys and values may be read before or
+        after they were rounded.
+        """
+        return max(_ERRORS.get(self.dtype, 0.1), _ERRORS.get(self.kv_dtype, 0.1))
 
 
 def cases_for(capabilities: BackendCapabilities) -> Iterator[AttentionCase]:

@@ -83,6 +83,8 @@ class OpCase:
         fresh: Whether results must not share memory with arguments.
         rows: Argument → rows of the batch, where the rows are independent of each other.
         tolerance: Largest relative error; 0 means equal bits.
+        differing: Largest share of elements whose bits may differ, in types of 16 bits: sums in
+            another order flip few roundings, another order of rounding flips many.
         wide: Whether the meaning is taken in float64 and rounded once at the end.
         empty: Whether there are no rows; such a case shows no surplus.
         nbytes: Bytes that must move at least; cases with it are timed.
@@ -100,6 +102,7 @@ class OpCase:
     fresh: bool = False
     rows: tuple[str, ...] = ()
     tolerance: float
+    differing: float = 1.0
     wide: bool = False
     empty: bool = False
     nbytes: int = 0
@@ -138,20 +141,27 @@ def cases_of(op: str) -> tuple[OpCase, ...]:
     return tuple(case for case in CASES if case.op == op)
 
 
+_FEW = 0.1
+"""Share of elements that may round otherwise where the order of rounding is the meaning."""
+
 _SHAPES = {
     "one": (1, 64),
     "odd": (7, 37),
     "none": (0, 64),
     "ranks": (2, 3, 48),
     "many": (33, 96),
+    "tiny": (6, 64),
 }
-"""Name → shape of activations: one row, odd sizes, no rows, more dimensions, several blocks."""
+"""Name → shape of activations: one row, odd sizes, no rows, more dimensions, several blocks;
+``tiny`` numbers, of which the square is about as large as what a norm adds to it."""
 
 
-def _norm(draw: Draw, dtype: torch.dtype, *, shape: tuple[int, ...], order: str) -> Arguments:
+def _norm(
+    draw: Draw, dtype: torch.dtype, *, shape: tuple[int, ...], order: str, scale: float = 2.0
+) -> Arguments:
     size = shape[-1]
     weight = None if order == "no_weight" else 1 + draw.normal(size, dtype=dtype, scale=0.3)
-    x = 0.5 + draw.normal(*shape, dtype=dtype, scale=2.0)
+    x = scale / 4 + draw.normal(*shape, dtype=dtype, scale=scale)
     return {"x": x, "weight": weight, "eps": 1e-6, "order": order}
 
 
@@ -169,6 +179,10 @@ def _add_norm(
     return arguments | {"residual": other, "bias": bias}
 
 
+def _scale(name: str) -> float:
+    return 1e-3 if name == "tiny" else 2.0
+
+
 def _norms() -> Iterator[OpCase]:
     for dtype, order in product(DTYPES, RMS_NORM_ORDERS):
         for name, shape in _SHAPES.items():
@@ -176,7 +190,8 @@ def _norms() -> Iterator[OpCase]:
                 continue
             yield OpCase(
                 op="rms_norm", name=f"{order}.{name}", dtype=dtype, tolerance=_SUMS[dtype],
-                make=partial(_norm, shape=shape, order=order), fresh=True, rows=("x",),
+                make=partial(_norm, shape=shape, order=order, scale=_scale(name)), fresh=True,
+                rows=("x",), differing=_FEW,
                 attributes={"order": order, "size": shape[-1], "eps": 1e-6},
                 spaced=("x",) if name in ("odd", "ranks") else (), shifted=name == "many", empty=name == "none",
                 nbytes=4 * shape[0] * shape[-1] if name == "many" else 0,
@@ -193,7 +208,7 @@ def _norms() -> Iterator[OpCase]:
             yield OpCase(
                 op="add_norm", name=f"{order}.{name}", dtype=dtype, tolerance=_SUMS[dtype],
                 make=partial(_add_norm, order=order, **facts),
-                attributes={"order": order, "size": facts["shape"][-1]},
+                attributes={"order": order, "size": facts["shape"][-1]}, differing=_FEW,
                 rows=() if name in ("parts", "none") else ("x", "residual"),
             )  # fmt: skip
 
@@ -284,6 +299,7 @@ def _gates() -> Iterator[OpCase]:
             if name == "odd" or act == "silu":
                 yield OpCase(
                     op="act_and_mul", name=f"{act}.{name}", dtype=dtype, fresh=True,
+                    differing=_FEW,
                     make=partial(_gate, shape=shape, act=act), attributes={"act": act},
                     spaced=("x",) if name in ("odd", "ranks") else (), rows=("x",),
                     shifted=name == "many", tolerance=_SUMS[dtype],
@@ -362,7 +378,7 @@ def _head_cases() -> Iterator[OpCase]:
                 "heads": heads[0], "rotated": facts.get("rotated", size),
                 "norm": facts.get("order", ""), "flat": facts.get("flat", False),
             },
-            writes=("q", "k", "keys", "values"), spaced=("q", "k", "v"),
+            writes=("q", "k", "keys", "values"), spaced=("q", "k", "v"), differing=_FEW,
             tolerance=_SUMS[dtype] if "order" in facts else _STEPS[dtype],
         )  # fmt: skip
 

@@ -87,17 +87,16 @@ def _oracle(subject: Subject, name: str = "qwen3", dtype: str = "float32") -> Or
     return subject.keep(f"oracle {name} {dtype}", lambda: Oracle(name, dtype))
 
 
-def _limit(subject: Subject, check: str, dtype: str) -> float:
-    return subject.tolerance(f"L6/{check}", _LIMITS.get(dtype, 0.5))
+def _limit(subject: Subject, dtype: str = "float32") -> float:
+    return subject.tolerance(_LIMITS.get(dtype, 0.5))
 
 
 def _family(name: str, dtype: str, subject: Subject) -> dict[str, float]:
     """Ragged prompts through chunks, pages and batches."""
     oracle, prompts = _oracle(subject, name, dtype), _oracle(subject, name, dtype).prompts()
-    check = f"family/{name}" if dtype == "float32" else f"dtype/{dtype}"
     with oracle.engine(subject, chunked_prefill_tokens=16) as engine:
         outputs = engine.generate(prompts, greedy())
-    return oracle.parity(prompts, outputs).check(_limit(subject, check, dtype))
+    return oracle.parity(prompts, outputs).check(_limit(subject, dtype))
 
 
 def _condition(settings: dict[str, Any], subject: Subject) -> dict[str, float]:
@@ -105,7 +104,7 @@ def _condition(settings: dict[str, Any], subject: Subject) -> dict[str, float]:
     prompts = oracle.prompts()
     with oracle.engine(subject, **settings) as engine:
         outputs = engine.generate(prompts, greedy(prompt_logprobs=None))
-    return oracle.parity(prompts, outputs).check(_limit(subject, "condition", "float32"))
+    return oracle.parity(prompts, outputs).check(_limit(subject))
 
 
 def _alone_and_together(subject: Subject) -> dict[str, float]:
@@ -115,8 +114,8 @@ def _alone_and_together(subject: Subject) -> dict[str, float]:
     with oracle.engine(subject) as engine:
         alone = [engine.generate([prompt], greedy())[0] for prompt in prompts]
         backwards = engine.generate(prompts[::-1], greedy(prompt_logprobs=None))[::-1]
-    oracle.parity(prompts, backwards).check(_LIMITS["float32"])
-    return oracle.parity(prompts, alone).check(_LIMITS["float32"])
+    oracle.parity(prompts, backwards).check(_limit(subject))
+    return oracle.parity(prompts, alone).check(_limit(subject))
 
 
 def _same_bits(subject: Subject) -> None:
@@ -149,8 +148,8 @@ def _prefix_reuse(subject: Subject) -> dict[str, float]:
         first = engine.generate([base], greedy(prompt_logprobs=None))
         outputs = engine.generate(prompts, greedy(prompt_logprobs=None))
     require(outputs[1].cached_tokens > 0, "a shared prefix is computed again")
-    oracle.parity([base], first).check(_LIMITS["float32"])
-    return oracle.parity(prompts, outputs).check(_LIMITS["float32"])
+    oracle.parity([base], first).check(_limit(subject))
+    return oracle.parity(prompts, outputs).check(_limit(subject))
 
 
 def _page(subject: Subject) -> int:
@@ -230,4 +229,4 @@ def _failing_request(subject: Subject) -> None:
         else:
             raise Wrong("a prompt beyond the context is accepted")
         (after,) = engine.generate([prompt], greedy())
-    oracle.parity([prompt], [after]).check(_LIMITS["float32"])
+    oracle.parity([prompt], [after]).check(_limit(subject))

@@ -50,8 +50,8 @@ def checks(subject: Subject) -> Iterator[Check]:
         yield Check(level=5, name=name, run=run, declared=claim)
 
 
-def _limit(subject: Subject, name: str) -> float:
-    return subject.tolerance(f"L5/{name}", _EXACT)
+def _limit(subject: Subject) -> float:
+    return subject.tolerance(_EXACT)
 
 
 def _shared(subject: Subject) -> GraphBench:
@@ -61,7 +61,7 @@ def _shared(subject: Subject) -> GraphBench:
 
 def _replay_equals_eager(subject: Subject) -> dict[str, float]:
     """Every number of requests, padded or not."""
-    bench, limit = _shared(subject), _limit(subject, "replay_equals_eager")
+    bench, limit = _shared(subject), _limit(subject)
     sizes = range(1, SIZES[-1] + 1)
     worst = [bench.compare([3 + i for i in range(n)], limit, seed=n) for n in sizes]
     return {"error": max(worst)}
@@ -69,14 +69,14 @@ def _replay_equals_eager(subject: Subject) -> dict[str, float]:
 
 def _lengths_grow(subject: Subject) -> None:
     """Lengths, positions and slots of later steps are seen, not those of the capture."""
-    bench, limit = _shared(subject), _limit(subject, "lengths_grow")
+    bench, limit = _shared(subject), _limit(subject)
     for length in range(2, 11):
         bench.compare([length, 3, length + 1], limit, seed=length)
 
 
 def _poisoned_slots(subject: Subject) -> None:
     """What earlier batches left in the slots changes neither logits nor cache."""
-    bench, limit = _shared(subject), _limit(subject, "poisoned_slots")
+    bench, limit = _shared(subject), _limit(subject)
     for lengths in ([4], [5, 2, 7], [3, 3, 3, 3], [6, 2]):
         bench.poison()
         bench.compare(lengths, limit, seed=len(lengths))
@@ -84,7 +84,7 @@ def _poisoned_slots(subject: Subject) -> None:
 
 def _interleaved(subject: Subject) -> None:
     """Eager passes in between change nothing."""
-    bench, limit = _shared(subject), _limit(subject, "interleaved")
+    bench, limit = _shared(subject), _limit(subject)
     for turn in range(3):
         bench.compare([4 + turn, 2, 3], limit, seed=turn)
         bench.eager(bench.batch([9, 1, 5, 2], seed=turn + 9))
@@ -93,7 +93,7 @@ def _interleaved(subject: Subject) -> None:
 
 def _buckets_take_turns(subject: Subject) -> None:
     """Graphs that share a pool do not disturb each other."""
-    bench, limit = _shared(subject), _limit(subject, "buckets_take_turns")
+    bench, limit = _shared(subject), _limit(subject)
     for turn in range(2):
         for size in (4, 1, 3, 2, 4):
             bench.compare([3 + turn + i for i in range(size)], limit, seed=turn)
@@ -101,7 +101,7 @@ def _buckets_take_turns(subject: Subject) -> None:
 
 def _weights_in_place(subject: Subject) -> None:
     """A weight that is updated where it lies is used."""
-    bench, limit = _shared(subject), _limit(subject, "weights_in_place")
+    bench, limit = _shared(subject), _limit(subject)
     with torch.no_grad():
         bench.model.embedding.mul_(0.5)
     try:
@@ -121,9 +121,12 @@ def _stable_addresses(subject: Subject) -> None:
         return [tensor.data_ptr() for tensor in slots]
 
     before = addresses()
-    bench.replay(bench.batch([4, 2, 3]))
+    for lengths in ([6, 5, 4], [4, 2, 3]):
+        bench.replay(bench.batch(lengths))
+        padded = bench.attention.prepared[-1]
+        seen = padded.seq_lens_cpu.tolist()[:3]
+        require(seen == lengths, f"host lengths are {seen}, not {lengths}: they are stale")
     require(addresses() == before, "static slots move between replays")
-    padded = bench.attention.prepared[-1]
     require(padded.req_pool_indices.tolist()[3:] == [0], "padding is not in request row 0")
     require(padded.out_cache_loc.tolist()[3:] == [0], "padding does not write to slot 0")
     fill = bench.attention.seq_len_fill_value
@@ -139,7 +142,7 @@ def _tensors(batch: ForwardBatch) -> list[torch.Tensor]:
 
 def _recapture(subject: Subject) -> None:
     """After release, over a cache that has grown, everything is captured anew."""
-    limit = _limit(subject, "recapture")
+    limit = _limit(subject)
     bench = GraphBench(subject.bound, sizes=(2,)).captured()
     bench.compare([3, 4], limit)
     bench.runner.release()
@@ -154,7 +157,7 @@ def _recapture(subject: Subject) -> None:
 def _hidden_states(subject: Subject) -> None:
     """Graphs with and without hidden states side by side."""
     hidden = (CaptureHiddenMode.NULL, CaptureHiddenMode.LAST)
-    limit = _limit(subject, "hidden_states")
+    limit = _limit(subject)
     bench = GraphBench(subject.bound, sizes=(2,), hidden=hidden).captured()
     batch = bench.batch([3, 6], hidden=CaptureHiddenMode.LAST)
     want = bench.eager(batch).hidden_states
@@ -204,7 +207,7 @@ def _failing_capture(subject: Subject) -> None:
     require(points == ["graph.1"], f"one failing bucket gives the decisions {points}")
     reason = bench.decisions[0].candidates[0].reason
     require("injected" in reason, f"the reason does not name the cause: {reason}")
-    limit = _limit(subject, "failing_capture")
+    limit = _limit(subject)
     bench.compare([4, 2], limit)
     bench.compare([5], limit)
 

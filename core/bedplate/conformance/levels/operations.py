@@ -21,7 +21,12 @@ from bedplate.conformance.placing import Guards, leaves
 from bedplate.contract.decisions import Support
 from bedplate.contract.ops import OpRequest
 from bedplate.errors import UnsupportedError
-from bedplate.reference.closeness import relative_error, worst_ulps
+from bedplate.reference.closeness import (
+    differing_share,
+    relative_error,
+    rounding_bias,
+    worst_ulps,
+)
 from bedplate.reference.ops import OPERATIONS, PartialProduct
 
 if TYPE_CHECKING:
@@ -31,6 +36,11 @@ if TYPE_CHECKING:
 
     from bedplate.conformance.subject import Subject
     from bedplate.contract.ops import OpProvider
+
+_ENOUGH = 64
+"""Elements from which on shares and means are looked at."""
+_BIAS = 0.2
+"""Units in the last place that numbers may be off on average."""
 
 
 def checks(subject: Subject) -> Iterator[Check]:
@@ -107,12 +117,21 @@ def wanted(case: OpCase, arguments: dict[str, Any]) -> list[Tensor]:
     return [*outputs, *leaves(tuple(case.written(given)))]
 
 
-def compare(got: list[Tensor], want: list[Tensor], tolerance: float, ulps: float) -> float:
+def compare(
+    got: list[Tensor], want: list[Tensor], case: OpCase, factor: float = 1.0
+) -> float:
     """The largest relative error of several results.
+
+    Args:
+        got: What was given, on the host.
+        want: What was wanted.
+        case: Says how close.
+        factor: Widens its tolerances.
 
     Raises:
         Wrong: One differs by more than is allowed, or in shape or dtype.
     """
+    tolerance, ulps = case.tolerance * factor, case.ulps * factor
     require(len(got) == len(want), f"gives {len(got)} results, not {len(want)}")
     worst = 0.0
     for ours, theirs in zip(got, want, strict=True):
@@ -128,8 +147,21 @@ def compare(got: list[Tensor], want: list[Tensor], tolerance: float, ulps: float
         require(error <= tolerance, f"relative error {error:.2e}, allowed {tolerance:.0e}")
         off = worst_ulps(ours, theirs)
         require(off <= ulps, f"one element is {off:.1f} units off, allowed {ulps:g}")
+        if ours.element_size() == 2:
+            _check_rounding(ours, theirs, min(1.0, case.differing * factor))
         worst = max(worst, error)
     return worst
+
+
+def _check_rounding(ours: Tensor, theirs: Tensor, most: float) -> None:
+    if ours.numel() < _ENOUGH:
+        return
+    share = differing_share(ours, theirs)
+    require(share <= most, f"{share:.0%} of the elements round otherwise, allowed {most:.0%}: "
+            "is the order of rounding another?")  # fmt: skip
+    bias = rounding_bias(ours, theirs)
+    require(abs(bias) <= _BIAS, f"numbers are off by {bias:+.2f} units on average: are bits cut "
+            "off instead of rounded?")  # fmt: skip
 
 
 def _check_case(case: OpCase, provider: OpProvider, subject: Subject) -> dict[str, float]:
@@ -142,8 +174,7 @@ def _check_case(case: OpCase, provider: OpProvider, subject: Subject) -> dict[st
         got, guards = run_case(case, provider, subject.device, case.arguments())
         again, _ = run_case(case, provider, subject.device, case.arguments())
     guards.check(case.writes)
-    tolerance = subject.tolerance(f"L2/{case.op}/{_name(provider)}/{case.label}", case.tolerance)
-    error = compare(got, want, tolerance, case.ulps * max(1.0, tolerance / (case.tolerance or 1)))
+    error = compare(got, want, case, subject.tolerance(1.0))
     if provider.determinism != "none" and provider.kind != "reference":
         same = all(_same_bits(a, b) for a, b in zip(got, again, strict=True))
         require(same, f"promises {provider.determinism}, but a second run gives other bits")

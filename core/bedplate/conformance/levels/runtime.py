@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bedplate.conformance.check import Check, require
+from bedplate.conformance.subject import process_state
 from bedplate.contract.decisions import Support
 
 if TYPE_CHECKING:
@@ -242,19 +243,15 @@ def _shutdown(subject: Subject) -> None:
 
 
 def _process_is_left_alone(subject: Subject) -> None:
-    """What is global in the process is as it was after opening and closing."""
-
-    def state() -> tuple[object, ...]:
-        return (
-            torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
-            torch.get_default_device(), torch.are_deterministic_algorithms_enabled(),
-            torch.get_rng_state().sum().item(), random.getstate()[1][:3],
-        )  # fmt: skip
-
-    before = state()
+    """What is global in the process is as it was: while open, but for threads; when closed."""
+    held = {n: v for n, v in process_state().items() if n != "threads"}
+    changed = [name for name, value in held.items() if subject.found[name] != value]
+    require(not changed, f"activation changes {', '.join(changed)} of the whole process")
+    before = process_state(), random.getstate(), torch.get_rng_state().tolist()
     with subject.open():
         pass
-    require(state() == before, "threads, default dtype, seeds or the like are other afterwards")
+    after = process_state(), random.getstate(), torch.get_rng_state().tolist()
+    require(after == before, "threads, default dtype, seeds or the like are other afterwards")
 
 
 def _ready_and_empty_cache(subject: Subject) -> None:

@@ -72,7 +72,7 @@ def within(subject: Subject, name: str, value: float) -> dict[str, float]:
     Raises:
         Wrong: It is beyond its budget.
     """
-    budget = subject.tolerance(f"L7/{name}", BUDGETS[name])
+    budget = subject.tolerance(BUDGETS[name])
     require(value <= budget, f"{name} is {value:.2f}, allowed {budget:g}")
     return {name: round(value, 3)}
 
