@@ -28,7 +28,7 @@ def page_row(name):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.parametrize("name", map(cost, MUTANTS))
+@pytest.mark.parametrize("name", [cost(name) for name in MUTANTS])
 def test_every_mutant_is_found_or_explained(name):
     found = kill(name)
     assert bool(found.check) != (name in SURVIVORS), found

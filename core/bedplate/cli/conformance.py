@@ -13,10 +13,11 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
-from bedplate.errors import ConfigError
+from bedplate.errors import BackendError, ConfigError
 
 _NEEDED = ("pytest", "hypothesis")
 
@@ -80,8 +81,23 @@ def command(
             arguments += [option, str(path.absolute())]
     if strict:
         arguments.append("--fail-surplus")
-    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False)
-    sys.exit(done.returncode)
+    with TemporaryDirectory(prefix="bedplate-conformance-") as folder:
+        running = Path(folder) / "running"
+        arguments += ["--running", str(running)]
+        status = subprocess.run([sys.executable, "-m", "pytest", *arguments]).returncode
+        if status < 0:
+            raise _brought_down(-status, running, backend)
+    sys.exit(status)
+
+
+def _brought_down(number: int, running: Path, backend: str) -> BackendError:
+    check = running.read_text(encoding="utf-8") if running.is_file() else "no check"
+    return BackendError(
+        f"The process ended by signal {number} in {check}. Code of '{backend}' brought it down, "
+        "most often by reading memory that supports() should have refused. Run that check "
+        f"alone: `bedplate conformance --backend {backend} --only '{check}'`",
+        check=check,
+    )
 
 
 def _require_tools() -> None:

@@ -25,6 +25,7 @@ COMMANDS = MappingProxyType(
         "doctor": ("bedplate.cli.doctor", "Examine this installation and machine."),
         "explain": ("bedplate.cli.explain", "Every choice of a start-up, with its candidates."),
         "generate": ("bedplate.cli.generate", "Generate text from prompts."),
+        "trace-ops": ("bedplate.cli.trace_ops", "Which operations a run calls, as a file."),
     }
 )
 

@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fail-surplus", action="store_true",
                     help="A surplus fails, too.")  # fmt: skip
     group.addoption("--baseline", type=Path, help="An earlier report; L7 is held against it.")
+    group.addoption("--running", type=Path, help="Keep the name of the running check here.")
     group.addoption("--ops-trace", type=Path, help="Replay operations that trace-ops recorded.")
 
 

@@ -30,6 +30,7 @@ from bedplate.registry.select import BackendRequest, parse_request, select_backe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from bedplate.contract.capabilities import BackendCapabilities
     from bedplate.registry.bind import BoundBackend
@@ -63,6 +64,8 @@ class Subject:
         path: Folders to search for metadata; ``sys.path`` when not given.
 
     Attributes:
+        ops_trace: File of ``bedplate trace-ops`` whose calls are cases, too.
+        baseline: Number of level 7 by check in an earlier report.
         found: ``process_state`` before anything was opened.
 
     Raises:
@@ -79,6 +82,8 @@ class Subject:
             )
         self.name = name
         self.path = path
+        self.ops_trace: Path | None = None
+        self.baseline: dict[str, dict[str, float]] = {}
         self.found = process_state()
         self._kept: dict[str, Any] = {}
         self._check = ""
@@ -152,6 +157,10 @@ class Subject:
             yield
         finally:
             self._check = ""
+
+    def before(self, name: str) -> float | None:
+        """A number of the check that runs, in the baseline."""
+        return self.baseline.get(self._check, {}).get(name)
 
     def tolerance(self, usual: float) -> float:
         """Largest acceptable error in the check that runs: the case's, or the profile's wider."""

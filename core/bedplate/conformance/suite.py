@@ -16,6 +16,7 @@ import pytest
 from bedplate import env
 from bedplate.conformance.check import matching
 from bedplate.conformance.examine import all_checks, examine
+from bedplate.conformance.report import read_report
 from bedplate.conformance.subject import Subject
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     SUBJECTS.config = metafunc.config
     subject = SUBJECTS.get(_backend(metafunc))
+    _prepare(subject, metafunc.config)
     levels, patterns = _wanted(metafunc.config)
     checks = [
         check
@@ -81,6 +83,9 @@ def test_conformance(
     pytestconfig: pytest.Config,
 ) -> None:  # fmt: skip
     """One check; see the report for what became of it."""
+    running = pytestconfig.getoption("--running", None)
+    if running is not None:
+        running.write_text(check.id, encoding="utf-8")
     result = examine(check, subject)
     record_property(PROPERTY, result.to_json())
     if result.outcome == "failed":
@@ -106,6 +111,15 @@ def _backend(metafunc: pytest.Metafunc) -> str:
             "BEDPLATE_BACKEND=NAME. To see names: `bedplate backends`"
         )
     return str(name)
+
+
+def _prepare(subject: Subject, config: pytest.Config) -> None:
+    """Give the subject what the plugin's options name."""
+    subject.ops_trace = config.getoption("--ops-trace", None)
+    baseline = config.getoption("--baseline", None)
+    if baseline is not None:
+        results = read_report(baseline).of("L7/")
+        subject.baseline = {result.check: result.numbers for result in results}
 
 
 def _wanted(config: pytest.Config) -> tuple[tuple[int, ...] | None, list[str]]:

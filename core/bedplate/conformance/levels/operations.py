@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bedplate.conformance.cases.operations import CASES, OpCase, cases_of
+from bedplate.conformance.cases.recorded import recorded_cases
 from bedplate.conformance.check import Check, Leave, Wrong, require
 from bedplate.conformance.placing import Guards, leaves
 from bedplate.contract.decisions import Support
@@ -45,7 +46,8 @@ _BIAS = 0.2
 
 def checks(subject: Subject) -> Iterator[Check]:
     """One check per implementation and case, then per implementation and operation."""
-    for case in CASES:
+    recorded = [] if subject.ops_trace is None else recorded_cases(subject.ops_trace)
+    for case in (*CASES, *recorded):
         for provider in subject.bound.ops.providers(case.op):
             yield Check(
                 level=2,

@@ -46,7 +46,8 @@ BUDGETS = {
 }
 """Number → largest acceptable value."""
 _GROWTH = 1.5
-"""A ratio may grow by so much beyond a baseline."""
+_SLACK = 0.25
+"""A number may grow by this factor, or by this much, beyond a baseline."""
 
 
 def checks(subject: Subject) -> Iterator[Check]:
@@ -70,18 +71,15 @@ def within(subject: Subject, name: str, value: float) -> dict[str, float]:
     """The number for the report.
 
     Raises:
-        Wrong: It is beyond its budget.
+        Wrong: It is beyond its budget, or has grown since the baseline.
     """
     budget = subject.tolerance(BUDGETS[name])
     require(value <= budget, f"{name} is {value:.2f}, allowed {budget:g}")
+    before = subject.before(name)
+    if before is not None:
+        most = max(before * _GROWTH, before + _SLACK)
+        require(value <= most, f"{name} is {value:.2f}, and was {before:.2f} in the baseline")
     return {name: round(value, 3)}
-
-
-def growth(name: str, value: float, before: float) -> str:
-    """What is wrong with a number against an earlier report; empty if nothing is."""
-    if value <= max(before * _GROWTH, before + 0.25):
-        return ""
-    return f"{name} is {value:.2f}, and was {before:.2f}"
 
 
 def _seconds(act: Callable[[], Any], runs: int = 9, repeats: int = 5) -> float:
