@@ -14,8 +14,8 @@ import torch
 from tests.conformance import mutants
 from tests.conformance.mutants.base import NAME, Mutant
 
-from bedplate.conformance.check import Result
-from bedplate.conformance.examine import all_checks, examine, matching
+from bedplate.conformance.check import matching
+from bedplate.conformance.examine import all_checks, examine
 from bedplate.conformance.subject import Subject
 from bedplate.errors import BedplateError
 from bedplate.testing.fake_plugins import fake_plugins
@@ -60,7 +60,7 @@ def subject_of(name):
                 vars(sys.modules["bedplate.memory.factory"]).pop("patched", None)
 
 
-def results(subject, level, only="*") -> list[Result]:
+def results(subject, level, only="*"):
     """Results of one level up to the first failure."""
     found = []
     for check in all_checks(subject, [level]):
@@ -101,9 +101,9 @@ def page(kills) -> str:
     return "\n".join([
         "# What the conformance kit finds",
         "",
-        "The kit is tested by backends that are wrong on purpose: a sound backend with one mistake each.",
+        "The kit is tested by backends that are wrong on purpose: each has one mistake.",
         f"It finds {dead} of {len(kills)}, {dead / len(kills):.0%}.",
-        "This page is written by `python -m tests.conformance.kill`; a test compares it with what is found.",
+        "`python -m tests.conformance.kill` writes this page, and a test compares it.",
         "",
         table(kills),
         "",

@@ -93,7 +93,7 @@ def command(
 def _brought_down(number: int, running: Path, backend: str) -> BackendError:
     check = running.read_text(encoding="utf-8") if running.is_file() else "no check"
     return BackendError(
-        f"The process ended by signal {number} in {check}. Code of '{backend}' brought it down, "
+        f"The process ended by signal {number} in {check}. Code of '{backend}' ended it, "
         "most often by reading memory that supports() should have refused. Run that check "
         f"alone: `bedplate conformance --backend {backend} --only '{check}'`",
         check=check,

@@ -25,7 +25,9 @@ _PROMPTS = ([11, 12, 13, 14, 15, 16, 17], [21], [31, 32, 33] * 11)
 @click.option("--model", help="Folder of a checkpoint; the bundled demo model if not given.")
 @click.option("--backend", help="Where to run it; any backend gives the same calls.")
 @click.option("--dtype", help="auto, float32, bfloat16, …")
-@click.option("-n", "--max-tokens", type=int, default=4, show_default=True, help="Decode steps.")
+@click.option(
+    "-n", "--max-tokens", type=int, default=4, show_default=True, help="Decode steps."
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("ops.jsonl"), show_default=True,
     help="The file to write.",

@@ -53,11 +53,12 @@ def run_machine(make: Make, page_sizes: tuple[int, ...], *, examples: int, steps
     """
     machine = type("Machine", (AllocatorMachine,), {"make": staticmethod(make),
                                                      "page_sizes": page_sizes})  # fmt: skip
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=examples, stateful_step_count=steps, deadline=None, database=None,
-            derandomize=True, print_blob=False, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+            derandomize=True, print_blob=False, phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
 
@@ -76,7 +77,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @initialize(data=st.data(), num_pages=st.sampled_from([1, 3, 40, 200]))
     def start(self, data: Any, num_pages: int) -> None:
         """An allocator of a size."""
-        self.page_size = data.draw(st.sampled_from(self.page_sizes))
+        self.page_size: int = data.draw(st.sampled_from(self.page_sizes))
         self.num_pages = num_pages
         request = AllocatorRequest(
             num_tokens=num_pages * self.page_size, page_size=self.page_size
@@ -95,16 +96,17 @@ class AllocatorMachine(RuleBasedStateMachine):
         """New requests, all at once."""
         prefixes = ints(*[0] * len(lens))
         slots = self.allocator.alloc_extend(prefixes, ints(*lens), prefixes - 1)
-        if self._granted(slots, sum(-(-n // self.page_size) for n in lens)):
-            parts = np.split(slots, np.cumsum(lens)[:-1]) if lens else []
+        got = self._granted(slots, sum(-(-n // self.page_size) for n in lens))
+        if got is not None:
+            parts = np.split(got, np.cumsum(lens)[:-1]) if lens else []
             self.requests += [part.tolist() for part in parts if len(part)]
 
     @rule(pages=st.integers(0, 6))
     def take_pages(self, pages: int) -> None:
         """Whole pages."""
-        slots = self.allocator.alloc(pages * self.page_size)
-        if self._granted(slots, pages) and pages:
-            self.requests.append(slots.tolist())  # type: ignore[union-attr]
+        got = self._granted(self.allocator.alloc(pages * self.page_size), pages)
+        if got is not None and pages:
+            self.requests.append(got.tolist())
 
     @precondition(lambda self: self.requests)
     @rule(new=st.integers(0, 40))
@@ -114,8 +116,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         lasts = ints(*(slots[-1] for slots in self.requests))
         need = sum(self._count(len(s) + new) - self._count(len(s)) for s in self.requests)
         slots = self.allocator.alloc_extend(prefixes, prefixes + np.int32(new), lasts)
-        if self._granted(slots, need):
-            for row, part in enumerate(np.split(slots, len(self.requests))):
+        got = self._granted(slots, need)
+        if got is not None:
+            for row, part in enumerate(np.split(got, len(self.requests))):
                 self.requests[row] += part.tolist()
 
     @precondition(lambda self: self.requests)
@@ -126,8 +129,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         lasts = ints(*(slots[-1] for slots in self.requests))
         need = sum(len(slots) % self.page_size == 0 for slots in self.requests)
         slots = self.allocator.alloc_decode(lens, lasts)
-        if self._granted(slots, need):
-            for owned, slot in zip(self.requests, slots.tolist(), strict=True):
+        got = self._granted(slots, need)
+        if got is not None:
+            for owned, slot in zip(self.requests, got.tolist(), strict=True):
                 owned.append(slot)
 
     @precondition(lambda self: self.requests)
@@ -155,7 +159,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         try:
             self.allocator.free(ints(page * self.page_size))
         except _TYPED:
-            require(self.allocator.available_size() == before, "a refused free frees all the same")
+            require(
+                self.allocator.available_size() == before, "a refused free frees all the same"
+            )
             return
         what = "a free page" if page in idle else "a page that does not exist"
         raise Wrong(f"frees {what} without an error")
@@ -201,19 +207,22 @@ class AllocatorMachine(RuleBasedStateMachine):
         """A slot is its page's start and the token's place in it."""
         for slots in self.requests:
             for position, slot in enumerate(slots):
-                require(slot % self.page_size == position % self.page_size,
-                        "a token lies at another place of its page than its position")  # fmt: skip
+                require(
+                    slot % self.page_size == position % self.page_size,
+                    "a token lies at another place of its page than its position",
+                )
 
-    def _granted(self, slots: Int32Array | None, pages: int) -> bool:
+    def _granted(self, slots: Int32Array | None, pages: int) -> Int32Array | None:
+        """The slots, once it is clear that granting or refusing them was right."""
         free = self.num_pages - len(self.taken)
         if slots is None:
             require(pages > free, f"refuses {pages} pages while {free} are free")
             require(self.allocator.available_size() == free * self.page_size,
                     "a refused request takes pages all the same")  # fmt: skip
-            return False
+            return None
         require(pages <= free, f"hands out {pages} pages while {free} are free")
         require(slots.dtype == np.int32, f"slots are {slots.dtype}, not int32")
-        return True
+        return slots
 
     def _pages(self, slots: list[int]) -> set[int]:
         return {slot // self.page_size for slot in slots}

@@ -26,7 +26,7 @@ Outcome = Literal["passed", "failed", "not declared", "known gap", "surplus"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
-class Wrong(AssertionError):
+class Wrong(AssertionError):  # noqa: N818 - reads as what it says
     """The backend is wrong; the message says in what."""
 
 

@@ -93,9 +93,7 @@ def _gap_of(check: Check, subject: Subject) -> KnownGap | None:
     return next((gap for gap in gaps if matching(check.id, gap.checks)), None)
 
 
-def _excused(
-    outcome: Outcome, reason: str, gap: KnownGap, today: date
-) -> tuple[Outcome, str]:
+def _excused(outcome: Outcome, reason: str, gap: KnownGap, today: date) -> tuple[Outcome, str]:
     """A gap excuses a failure until its last day, and is itself a mistake once it is closed."""
     if outcome == "passed":
         return "surplus", f"the known gap '{gap.reason}' is closed: remove it from the profile"

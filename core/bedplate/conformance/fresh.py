@@ -7,7 +7,7 @@ object.  Level 0 runs them; everything heavy is imported inside.
 
 from __future__ import annotations
 
-__all__ = ["ask", "main", "changes", "snapshot"]
+__all__ = ["ask", "changes", "main", "snapshot"]
 
 import json
 import os
@@ -81,7 +81,7 @@ def _light(name: str, path: Sequence[str] | None) -> dict[str, Any]:
 
     record = enumerate_plugins(path=path).backend(name)
     assert record is not None, f"no backend '{name}'"
-    import bedplate.contract
+    import bedplate.contract  # noqa: F401 - is not the plugin's
     from bedplate.registry.inspect import inspect_plugins  # noqa: F401 - is not the plugin's
 
     before = {module for module in HEAVY if module in sys.modules}

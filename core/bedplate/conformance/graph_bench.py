@@ -7,7 +7,7 @@ changes its logits; its cache shows whatever padding writes.
 
 from __future__ import annotations
 
-__all__ = ["GraphBench", "SIZES"]
+__all__ = ["SIZES", "GraphBench"]
 
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -120,13 +120,18 @@ class GraphBench:
         self.attention.keys.copy_(start[0])
         self.attention.values.copy_(start[1])
         got = self.replay(batch).next_token_logits.cpu()
-        require(got.shape == want.shape, f"logits are {list(got.shape)}, not {list(want.shape)}")
+        require(
+            got.shape == want.shape, f"logits are {list(got.shape)}, not {list(want.shape)}"
+        )
         error = relative_error(got, want)
-        require(error <= limit, f"{len(lengths)} requests: a replay differs from the eager pass "
-                f"by {error:.1e}, allowed {limit:.0e}")  # fmt: skip
+        require(
+            error <= limit,
+            f"{len(lengths)} requests: a replay differs from the eager pass by {error:.1e}, "
+            f"allowed {limit:.0e}",
+        )
         left = relative_error(self.cache(), after)
-        require(left <= limit, "a replay leaves another cache than the eager pass: padding or a "
-                f"stale slot wrote to it ({left:.1e})")  # fmt: skip
+        require(left <= limit, "a replay leaves another cache than the eager pass: padding or "
+                f"a stale slot wrote to it ({left:.1e})")  # fmt: skip
         return error
 
     def cache(self) -> Tensor:

@@ -57,11 +57,16 @@ class Parity:
         Raises:
             Wrong: Numbers are further off than ``limit``, or a decided token is another.
         """
-        require(self.noise <= limit, f"log-probabilities differ from transformers' by "
-                f"{self.noise:.1e}, allowed {limit:.0e}")  # fmt: skip
-        decided = _NOISES * max(self.noise, 1e-5)
-        require(self.margin <= decided, f"a token differs from transformers' where it is decided "
-                f"by {self.margin:.1e}, {self.margin / decided * _NOISES:.0f} times the noise")  # fmt: skip
+        require(
+            self.noise <= limit,
+            f"log-probabilities are {self.noise:.1e} off transformers', allowed {limit:.0e}",
+        )
+        noise = max(self.noise, 1e-5)
+        require(
+            self.margin <= _NOISES * noise,
+            f"a token differs from transformers' where it is decided by {self.margin:.1e}, "
+            f"{self.margin / noise:.0f} times the noise",
+        )
         return {
             "noise": float(f"{self.noise:.2e}"),
             "agreement": round(self.agreement, 4),
@@ -107,9 +112,10 @@ class Oracle:
             "model": str(self.folder), "dtype": self.dtype, "max_running_requests": 8,
             "max_context_len": 96, "max_total_tokens": 1024, "graphs": False,
         }  # fmt: skip
-        with subject.open(**(usual | settings)) as opened, Engine.from_backend(
-            opened.bound, opened.decisions
-        ) as engine:
+        with (
+            subject.open(**(usual | settings)) as opened,
+            Engine.from_backend(opened.bound, opened.decisions) as engine,
+        ):
             yield engine
 
     @torch.no_grad()
@@ -119,7 +125,7 @@ class Oracle:
         return torch.log_softmax(logits.float(), -1)
 
     def parity(self, prompts: Sequence[list[int]], outputs: Sequence[RequestOutput]) -> Parity:
-        """Hold greedy outputs against the oracle, which is given the tokens that were chosen."""
+        """Hold greedy outputs against the oracle, which is given the chosen tokens."""
         gaps, margins, best = [], [], 0
         for prompt, output in zip(prompts, outputs, strict=True):
             require(not output.error, f"a request fails: {output.error}")
@@ -134,9 +140,7 @@ class Oracle:
             if output.prompt_logprobs:
                 gaps.append(self._prompt_gap(prompt, output))
         total = sum(len(output.token_ids) for output in outputs)
-        return Parity(
-            noise=max(gaps, default=0.0), agreement=best / total, margin=max(margins)
-        )
+        return Parity(noise=max(gaps, default=0.0), agreement=best / total, margin=max(margins))
 
     def _prompt_gap(self, prompt: list[int], output: RequestOutput) -> float:
         if len(prompt) < 2 or not output.prompt_logprobs:

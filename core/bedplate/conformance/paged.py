@@ -73,7 +73,9 @@ class PagedBench:
     def alone(self, row: int, provider: AttentionProvider) -> Tensor:
         """``[n, H, Dv]``: one request's part of ``run`` when nobody else is in the pass."""
         work = replace(self.case.work, requests=(self.case.work.requests[row],), padding=0)
-        other = PagedBench(replace(self.case, work=work), self.bound, provider, deterministic=True)
+        other = PagedBench(
+            replace(self.case, work=work), self.bound, provider, deterministic=True
+        )
         other._queries = [self._queries[row]]
         other._new_keys, other._new_values = [self._new_keys[row]], [self._new_values[row]]
         other._fill_cache(other.pool)
@@ -186,7 +188,8 @@ class PagedBench:
         generator = torch.Generator().manual_seed(order)
         pages = 1 + torch.randperm(self._num_pages, generator=generator)
         self._slots: list[Tensor] = []
-        for (prefix, new), mine in zip(requests, pages.split([*counts, _SPARE_PAGES]), strict=False):
+        parts = torch.split(pages, [*counts, _SPARE_PAGES])
+        for (prefix, new), mine in zip(requests, parts, strict=False):
             slots = (mine[:, None] * size + torch.arange(size)).flatten()
             self._slots.append(slots[: prefix + new])
         shared = self.case.work.shared // size * size
@@ -218,7 +221,9 @@ class PagedBench:
         case = self.case
         for row, (prefix, _) in enumerate(case.work.requests):
             slots = self._send(self._slots[row][:prefix].to(self._index))
-            values = None if case.call.value_in_key else self._send(self._new_values[row][:prefix])
+            values = (
+                None if case.call.value_in_key else self._send(self._new_values[row][:prefix])
+            )
             pool.write(0, slots, self._send(self._new_keys[row][:prefix]), values)
 
     def _build(self, deterministic: bool) -> AttentionBuild:
@@ -282,4 +287,3 @@ def spoil(storage: Tensor) -> None:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
-

@@ -41,7 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--backend", help="The backend to examine: NAME or NAME:INDEX.")
     group.addoption("--level", default="0-8", help="Levels: 2, 0-4, or 2,3.")
     group.addoption("--only", action="append", default=[], help="Pattern over checks.")
-    group.addoption("--report", dest="bedplate_report", type=Path, help="Write conformance.json.")
+    group.addoption(
+        "--report", dest="bedplate_report", type=Path, help="Write conformance.json."
+    )
     group.addoption("--fail-surplus", action="store_true",
                     help="A surplus fails, too.")  # fmt: skip
     group.addoption("--baseline", type=Path, help="An earlier report; L7 is held against it.")
@@ -152,4 +154,3 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(f"{result.outcome}: {result.check}: {result.reason}")
             if result.outcome == "failed":
                 terminalreporter.write_line(f"    {result.reproducer}")
-

@@ -15,7 +15,6 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bedplate.conformance.check import OUTCOMES, Result
@@ -25,6 +24,7 @@ from bedplate.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from bedplate.conformance.subject import Subject
 
@@ -75,7 +75,9 @@ def machine_facts(subject: Subject) -> dict[str, str]:
         "cache dtypes": ", ".join(capabilities.kv_dtypes),
         "page sizes": ", ".join(map(str, capabilities.memory.page_sizes)),
         "attention": ", ".join(p.name for p in subject.bound.attention_providers),
-        "graphs": ("by default" if graph.default else "on request") if graph.supported else "no",
+        "graphs": ("by default" if graph.default else "on request")
+        if graph.supported
+        else "no",
         "determinism": capabilities.determinism,
         "python": platform.python_version(),
         **{name: found for name in _PACKAGES if (found := _version(name))},
@@ -107,7 +109,7 @@ def read_report(path: Path) -> Report:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
-            raise ValueError(f"format {data['format']}, not {FORMAT}")
+            raise ValueError(f"format {data['format']}, not {FORMAT}")  # noqa: TRY301
         return Report(
             backend=data["backend"],
             facts=data["facts"],

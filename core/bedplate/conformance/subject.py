@@ -163,7 +163,7 @@ class Subject:
         return self.baseline.get(self._check, {}).get(name)
 
     def tolerance(self, usual: float) -> float:
-        """Largest acceptable error in the check that runs: the case's, or the profile's wider."""
+        """Largest acceptable error in the check that runs: the usual, or the profile's."""
         factors = [t.factor for t in self.profile.tolerances if matching(self._check, t.checks)]
         return usual * prod(factors)
 

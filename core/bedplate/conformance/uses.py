@@ -45,13 +45,13 @@ def support_rows(subject: Subject) -> Iterator[Row]:
     have = subject.capabilities
     for kind, call in CALLS.items():
         for dtype in have.compute_dtypes:
-            case = AttentionCase(
+            asked = AttentionCase(
                 name=kind, call=call, work=PASSES["decode"], dtype=dtype,
                 kv_dtype=dtype if dtype in have.kv_dtypes else have.kv_dtypes[0],
                 page_size=have.memory.page_sizes[0],
             )  # fmt: skip
             for attention in subject.bound.attention_providers:
-                answer = attention.supports(attention_request(subject, case))
+                answer = attention.supports(attention_request(subject, asked))
                 yield [f"attention/{kind}.{dtype}", attention.name, *_told(answer)]
 
 

@@ -73,7 +73,7 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
     try:
         head, *entries = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         if head["format"] != TRACE_FORMAT:
-            raise ValueError(f"format {head['format']}, not {TRACE_FORMAT}")
+            raise ValueError(f"format {head['format']}, not {TRACE_FORMAT}")  # noqa: TRY301
         return [{**entry, "op": str(entry["op"])} for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -32,7 +32,7 @@ MUTANTS: dict[str, Mutant] = {
 }
 SOUND = mutant(8, "nothing is wrong")
 SURVIVORS = {
-    "explains_by_number": "the registry takes no sentence that is no text, so users never see it",
+    "explains_by_number": "the registry drops a sentence that is no text; users never see it",
     "one_ulp": "sums in another order move float32 results as far; the tolerance must allow it",
 }
 

@@ -285,57 +285,79 @@ def no_caps(request):
 
 
 MUTANTS = {
-    "off_by_one_page": mutant(3, "pages from the second on are the next ones",
-                              attention=OffByOnePage),
-    "assumes_consecutive_pages": mutant(3, "the table's first slot is all that is read",
-                                        attention=AssumesConsecutivePages),
-    "reads_stale_tail": mutant(3, "what lies behind the last token is multiplied by zero",
-                               attention=ReadsStaleTail),
+    "off_by_one_page": mutant(
+        3, "pages from the second on are the next ones", attention=OffByOnePage
+    ),
+    "assumes_consecutive_pages": mutant(
+        3, "the table's first slot is all that is read", attention=AssumesConsecutivePages
+    ),
+    "reads_stale_tail": mutant(
+        3, "what lies behind the last token is multiplied by zero", attention=ReadsStaleTail
+    ),
     "ignored_window": mutant(3, "windows are ignored", attention=changed(window=None)),
-    "window_off_by_one": mutant(3, "a window is one token wider",
-                                attention=partial(Changed, change=window_off_by_one)),
+    "window_off_by_one": mutant(
+        3, "a window is one token wider", attention=partial(Changed, change=window_off_by_one)
+    ),
     "ignored_chunk": mutant(3, "chunks are ignored", attention=changed(chunk=None)),
     "ignored_softcap": mutant(3, "caps of scores are ignored", attention=changed(softcap=None)),
-    "ignored_sinks": mutant(3, "sinks are ignored",
-                            attention=partial(Changed, change=without_sinks)),
+    "ignored_sinks": mutant(
+        3, "sinks are ignored", attention=partial(Changed, change=without_sinks)
+    ),
     "wrong_scale": mutant(
-        3, "the scale is derived from the head size", attention=partial(
-            Changed, change=lambda call, s: (replace(call, scale=call.head_dim**-0.5), s)),
+        3,
+        "the scale is derived from the head size",
+        attention=partial(
+            Changed, change=lambda call, s: (replace(call, scale=call.head_dim**-0.5), s)
+        ),
     ),
     "not_causal": mutant(3, "tokens see later ones", attention=changed(causal=False)),
     "always_causal": mutant(
-        3, "claims calls that see later tokens, and hides them", attention=partial(
-            Changed, change=lambda call, s: (replace(call, causal=True), s)),
+        3,
+        "claims calls that see later tokens, and hides them",
+        attention=partial(Changed, change=lambda call, s: (replace(call, causal=True), s)),
     ),
-    "stores_after_reading": mutant(3, "a new token does not see itself",
-                                   attention=StoresAfterReading),
+    "stores_after_reading": mutant(
+        3, "a new token does not see itself", attention=StoresAfterReading
+    ),
     "padding_leak": mutant(3, "padding writes to a real slot", attention=PaddingLeak),
-    "writes_over_prefix": mutant(3, "a cached token is written again",
-                                 attention=WritesOverPrefix),
-    "heads_interleaved": mutant(3, "query heads read the wrong key heads",
-                                attention=HeadsInterleaved),
-    "sorted_rows": mutant(3, "requests must lie in the order of their rows",
-                          attention=SortedRows),
-    "ignores_prefix": mutant(3, "a chunk is off by one against its prefix",
-                             attention=IgnoresPrefix),
-    "mixed_as_prefill": mutant(3, "decoding rows of a mixed pass see only themselves",
-                               attention=MixedAsPrefill),
-    "attention_in_half": mutant(3, "float32 attention is computed in bfloat16",
-                                attention=InHalf),
-    "latent_last_columns": mutant(3, "latent values are the wrong columns",
-                                  attention=LastColumns),
+    "writes_over_prefix": mutant(
+        3, "a cached token is written again", attention=WritesOverPrefix
+    ),
+    "heads_interleaved": mutant(
+        3, "query heads read the wrong key heads", attention=HeadsInterleaved
+    ),
+    "sorted_rows": mutant(
+        3, "requests must lie in the order of their rows", attention=SortedRows
+    ),
+    "ignores_prefix": mutant(
+        3, "a chunk is off by one against its prefix", attention=IgnoresPrefix
+    ),
+    "mixed_as_prefill": mutant(
+        3, "decoding rows of a mixed pass see only themselves", attention=MixedAsPrefill
+    ),
+    "attention_in_half": mutant(
+        3, "float32 attention is computed in bfloat16", attention=InHalf
+    ),
+    "latent_last_columns": mutant(
+        3, "latent values are the wrong columns", attention=LastColumns
+    ),
     "no_first_token": mutant(3, "a request of one token fails to decode", attention=NoMixed),
-    "attention_is_noisy": mutant(3, "promises equal bits, and repeats with others",
-                                 attention=Noisy),
+    "attention_is_noisy": mutant(
+        3, "promises equal bits, and repeats with others", attention=Noisy
+    ),
     "unstable_under_batch_order": mutant(
-        3, "promises batch_invariant, and bits depend on the place in the batch",
-        attention=UnstableUnderBatchOrder, determinism="batch_invariant",
+        3,
+        "promises batch_invariant, and bits depend on the place in the batch",
+        attention=UnstableUnderBatchOrder,
+        determinism="batch_invariant",
     ),
     "wrong_result_dtype": mutant(3, "float32 comes back for bfloat16", attention=WrongDtype),
     "changes_queries": mutant(3, "queries are scaled in place", attention=ChangesQueries),
     "stale_lengths": mutant(3, "lengths of the pass before", attention=HostLengthsOnly),
-    "claims_everything": mutant(3, "supports() never says no", supports=everything,
-                                only="L3/native/never*"),
-    "refuses_calls_without_reason": mutant(3, "supports() says no and not why",
-                                           supports=no_caps),
-}  # fmt: skip
+    "claims_everything": mutant(
+        3, "supports() never says no", supports=everything, only="L3/native/never*"
+    ),
+    "refuses_calls_without_reason": mutant(
+        3, "supports() says no and not why", supports=no_caps
+    ),
+}

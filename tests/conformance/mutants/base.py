@@ -7,9 +7,8 @@ semantics and take no compiler.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bedplate.contract import (
     AttentionProvider,
@@ -27,10 +26,16 @@ from bedplate_cpu.attention import NativeAttention, providers
 from bedplate_cpu.plugin import CpuBackend
 from bedplate_cpu.runtime import CpuRuntime
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
 NAME = "mutant"
 SLOW_TAPE = WiderTolerance(
     checks="L7/replay", factor=10.0, reason="a tape is played by Python, call by call"
 )
+
+
+PROFILE = ConformanceProfile(tolerances=(SLOW_TAPE,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,7 @@ class Parts:
     probe: Callable[[Any], Any] = lambda answer: answer
     report: tuple[Any, ...] = (ReportItem(name="mutant", value="yes"),)
     explain: Callable[[BaseException], Any] = lambda _error: None
-    profile: Any = ConformanceProfile(tolerances=(SLOW_TAPE,))
+    profile: Any = PROFILE
     after_load: Callable[[Any], None] = lambda _model: None
 
 

@@ -181,33 +181,39 @@ class NoRunner:
 MUTANTS = {
     "stale_tokens": mutant(5, "input tokens of the first replay", graphs=stale("input_ids")),
     "stale_positions": mutant(5, "positions of the first replay", graphs=stale("positions")),
-    "stale_rows": mutant(5, "request rows of the first replay",
-                         graphs=stale("req_pool_indices")),
-    "stale_lengths_in_graph": mutant(5, "lengths of the first replay",
-                                     graphs=stale("seq_lens")),
-    "stale_host_lengths": mutant(5, "host lengths of the first replay",
-                                 graphs=stale("seq_lens_cpu")),
+    "stale_rows": mutant(
+        5, "request rows of the first replay", graphs=stale("req_pool_indices")
+    ),
+    "stale_lengths_in_graph": mutant(
+        5, "lengths of the first replay", graphs=stale("seq_lens")
+    ),
+    "stale_host_lengths": mutant(
+        5, "host lengths of the first replay", graphs=stale("seq_lens_cpu")
+    ),
     "stale_slots": mutant(5, "slots of the first replay", graphs=stale("out_cache_loc")),
     "stale_tail": mutant(5, "padding keeps what earlier batches left", graphs=StaleTail),
-    "padding_repeats_last_row": mutant(5, "padding is the last request again",
-                                       graphs=PaddingRepeatsLastRow),
-    "weights_baked": mutant(5, "weights of the capture", graphs=WeightsBaked,
-                            only="L5/weights_in_place"),
+    "padding_repeats_last_row": mutant(
+        5, "padding is the last request again", graphs=PaddingRepeatsLastRow
+    ),
+    "weights_baked": mutant(
+        5, "weights of the capture", graphs=WeightsBaked, only="L5/weights_in_place"
+    ),
     "no_replay": mutant(5, "the output of the capture", graphs=NoReplay),
     "capture_raises": mutant(5, "a failing bucket ends the start", graphs=CaptureRaises),
-    "capture_fails_silently": mutant(5, "a failing bucket leaves no record",
-                                     graphs=CaptureFailsSilently),
-    "host_read_baked": mutant(5, "what was read on the host is recorded",
-                              graphs=HostReadBaked),
+    "capture_fails_silently": mutant(
+        5, "a failing bucket leaves no record", graphs=CaptureFailsSilently
+    ),
+    "host_read_baked": mutant(5, "what was read on the host is recorded", graphs=HostReadBaked),
     "release_keeps_graphs": mutant(5, "release() gives nothing back", graphs=KeepsGraphs),
     "forgets_hidden_states": mutant(5, "hidden states are not kept", graphs=ForgetsHidden),
     "wrong_rows_of_output": mutant(5, "logits of the neighbour", graphs=WrongBucket),
-    "outputs_overlap": mutant(5, "half of an output overwrites the other",
-                              graphs=SharedOutput),
+    "outputs_overlap": mutant(5, "half of an output overwrites the other", graphs=SharedOutput),
     "wrong_fill_length": mutant(5, "padding has a length of its own", graphs=FillsWithZero),
     "leaky_replay": mutant(5, "a replay disturbs the cache", graphs=LeakyReplay),
     "claims_graphs": mutant(
-        5, "declares graphs and makes no runner", graphs=NoRunner,
+        5,
+        "declares graphs and makes no runner",
+        graphs=NoRunner,
         only="L5/replay_equals_eager",
     ),
-}  # fmt: skip
+}

@@ -180,45 +180,57 @@ class OnlyOnce(CpuRuntime):
 
 MUTANTS = {
     "unsynchronised_event": mutant(
-        1, "an event is reached before the work before it", runtime=UnsynchronisedEvent,
+        1,
+        "an event is reached before the work before it",
+        runtime=UnsynchronisedEvent,
         capabilities=late,
     ),
     "unsynchronised_device": mutant(
         1, "synchronize() does not wait", runtime=UnsynchronisedDevice, capabilities=late
     ),
-    "hasty_query": mutant(
-        1, "query() says yes at once", runtime=HastyQuery, capabilities=late
+    "hasty_query": mutant(1, "query() says yes at once", runtime=HastyQuery, capabilities=late),
+    "event_never_reached": mutant(
+        1, "query() never says yes", runtime=NeverReached, only="L1/event_orders_work"
     ),
-    "event_never_reached": mutant(1, "query() never says yes", runtime=NeverReached,
-                                  only="L1/event_orders_work"),
-    "more_free_than_total": mutant(1, "more memory free than there is",
-                                   runtime=MoreFreeThanTotal),
+    "more_free_than_total": mutant(
+        1, "more memory free than there is", runtime=MoreFreeThanTotal
+    ),
     "frozen_memory_figures": mutant(
-        1, "free memory never changes", runtime=FrozenFigures,
+        1,
+        "free memory never changes",
+        runtime=FrozenFigures,
         capabilities=lambda c: replace(c, memory=replace(c.memory, unified=False)),
     ),
     "seed_is_ignored": mutant(1, "seed() does nothing", runtime=NoSeed),
     "one_seed": mutant(1, "every seed is the same", runtime=OneSeed),
-    "guard_with_autograd": mutant(1, "autograd stays on inside of the guard",
-                                  runtime=WithAutograd),
+    "guard_with_autograd": mutant(
+        1, "autograd stays on inside of the guard", runtime=WithAutograd
+    ),
     "guard_leaks": mutant(1, "autograd stays off after the guard", runtime=LeakyGuard),
-    "guard_forgets_on_error": mutant(1, "autograd stays off after an error in the guard",
-                                     runtime=ForgetsOnError),
-    "misaligned_host_memory": mutant(1, "host memory begins at odd addresses",
-                                     runtime=Misaligned),
+    "guard_forgets_on_error": mutant(
+        1, "autograd stays off after an error in the guard", runtime=ForgetsOnError
+    ),
+    "misaligned_host_memory": mutant(
+        1, "host memory begins at odd addresses", runtime=Misaligned
+    ),
     "one_host_buffer": mutant(1, "all host memory is the same", runtime=OneBuffer),
-    "leaves_threads": mutant(1, "another number of threads after shutdown",
-                             runtime=LeavesThreads),
-    "leaves_default_dtype": mutant(1, "another default dtype after shutdown",
-                                   runtime=LeavesDefaultDtype),
+    "leaves_threads": mutant(
+        1, "another number of threads after shutdown", runtime=LeavesThreads
+    ),
+    "leaves_default_dtype": mutant(
+        1, "another default dtype after shutdown", runtime=LeavesDefaultDtype
+    ),
     "activates_once": mutant(1, "a second activation fails", runtime=OnlyOnce),
     "claims_asynchronous": mutant(1, "claims to work on its own", capabilities=late),
     "claims_pinned": mutant(
-        1, "claims page-locked host memory",
+        1,
+        "claims page-locked host memory",
         capabilities=lambda c: replace(c, memory=replace(c.memory, pinned_host=True)),
     ),
     "claims_a_dtype_it_cannot_copy": mutant(
-        1, "claims a dtype that it cannot copy", only="L1/copies/*",
+        1,
+        "claims a dtype that it cannot copy",
+        only="L1/copies/*",
         capabilities=lambda c: replace(c, kv_dtypes=(*c.kv_dtypes, "float4_e2m1fn_x2")),
     ),
-}  # fmt: skip
+}

@@ -177,30 +177,35 @@ class SwapsHeads(LayeredKVPool):
 
 
 MUTANTS = {
-    "double_free_accepted": mutant(4, "a free page may be freed",
-                                   allocator=allocator(Accepting)),
-    "leaking_allocator": mutant(4, "the last page of a request is not freed",
-                                allocator=allocator(Leaking)),
-    "hands_out_page_zero": mutant(4, "padding's page is handed out",
-                                  allocator=allocator(FromZero)),
-    "partial_allocation": mutant(4, "a refused request takes a page",
-                                 allocator=allocator(Partial)),
-    "impatient_free_group": mutant(4, "queued frees happen at once",
-                                   allocator=allocator(Impatient)),
+    "double_free_accepted": mutant(
+        4, "a free page may be freed", allocator=allocator(Accepting)
+    ),
+    "leaking_allocator": mutant(
+        4, "the last page of a request is not freed", allocator=allocator(Leaking)
+    ),
+    "hands_out_page_zero": mutant(
+        4, "padding's page is handed out", allocator=allocator(FromZero)
+    ),
+    "partial_allocation": mutant(
+        4, "a refused request takes a page", allocator=allocator(Partial)
+    ),
+    "impatient_free_group": mutant(
+        4, "queued frees happen at once", allocator=allocator(Impatient)
+    ),
     "shared_backup": mutant(4, "a backup is not a copy", allocator=allocator(SharedBackup)),
     "fragmenting": mutant(4, "free pages must lie together", allocator=allocator(Fragmenting)),
     "ignores_tail": mutant(4, "every token gets a page", allocator=allocator(IgnoresTail)),
     "shares_slots": mutant(4, "two requests get one slot", allocator=allocator(Sharing)),
     "wide_slots": mutant(4, "slots are int64", allocator=allocator(Wide)),
     "forgetful_clear": mutant(4, "clear() keeps pages", allocator=allocator(Forgetful)),
-    "accepts_part_of_a_page": mutant(4, "a part of a page may be had",
-                                     allocator=allocator(Generous)),
+    "accepts_part_of_a_page": mutant(
+        4, "a part of a page may be had", allocator=allocator(Generous)
+    ),
     "moves_in_order": mutant(4, "overlapping slots are moved one by one", pool=MovesInOrder),
     "live_host_copy": mutant(4, "a host copy changes with the pool", pool=LiveCopy),
     "pool_not_finite": mutant(4, "page 0 starts as NaN", pool=NotFinite),
     "pool_truncates": mutant(4, "the cast to the cache cuts bits off", pool=Truncating),
     "narrow_pool": mutant(4, "every cache is bfloat16", pool=Narrow),
-    "alias_stores": mutant(4, "a call that reads another's cache writes it",
-                           pool=AliasStores),
+    "alias_stores": mutant(4, "a call that reads another's cache writes it", pool=AliasStores),
     "pool_swaps_heads": mutant(4, "heads are stored the other way round", pool=SwapsHeads),
-}  # fmt: skip
+}

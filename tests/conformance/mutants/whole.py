@@ -114,24 +114,37 @@ def spoiled_pool(request):
 
 
 MUTANTS = {
-    "forgets_long_contexts": mutant(6, "beyond 40 tokens the first is not seen",
-                                    attention=WrongAfter40, only=FIRST),
-    "layers_share_a_cache": mutant(6, "every layer reads the first one's cache",
-                                   attention=SecondLayerReadsFirst, only=FIRST),
-    "spoils_a_weight": mutant(6, "repacking changes one row of a weight",
-                              after_load=spoil_one_weight, only=FIRST),
-    "halves_weights": mutant(6, "float32 weights are rounded to bfloat16",
-                             after_load=halve_weights, only=FIRST),
-    "second_layer_forgets": mutant(6, "later layers lose the last slot of a page",
-                                   pool=spoiled_pool, only=FIRST),
-    "waits_in_every_pass": mutant(7, "the device is waited for several times a step",
-                                  runtime=WaitsTwice, only="L7/step/*"),
-    "slow_allocator": mutant(7, "milliseconds for a slot",
-                             allocator=lambda r: Slow(r.num_tokens, r.page_size)),
-    "slow_operation": mutant(7, "an operation that is slower than its meaning",
-                             ops={"rms_norm": slow_norm}),
-    "slow_replay": mutant(7, "a replay that is slower than the eager pass",
-                          graphs=slow_graphs, only="L7/replay"),
-    "does_not_come_back": mutant(8, "cannot be activated after a shutdown",
-                                 runtime=SwallowsFailures),
-}  # fmt: skip
+    "forgets_long_contexts": mutant(
+        6, "beyond 40 tokens the first is not seen", attention=WrongAfter40, only=FIRST
+    ),
+    "layers_share_a_cache": mutant(
+        6,
+        "every layer reads the first one's cache",
+        attention=SecondLayerReadsFirst,
+        only=FIRST,
+    ),
+    "spoils_a_weight": mutant(
+        6, "repacking changes one row of a weight", after_load=spoil_one_weight, only=FIRST
+    ),
+    "halves_weights": mutant(
+        6, "float32 weights are rounded to bfloat16", after_load=halve_weights, only=FIRST
+    ),
+    "second_layer_forgets": mutant(
+        6, "later layers lose the last slot of a page", pool=spoiled_pool, only=FIRST
+    ),
+    "waits_in_every_pass": mutant(
+        7, "the device is waited for several times a step", runtime=WaitsTwice, only="L7/step/*"
+    ),
+    "slow_allocator": mutant(
+        7, "milliseconds for a slot", allocator=lambda r: Slow(r.num_tokens, r.page_size)
+    ),
+    "slow_operation": mutant(
+        7, "an operation that is slower than its meaning", ops={"rms_norm": slow_norm}
+    ),
+    "slow_replay": mutant(
+        7, "a replay that is slower than the eager pass", graphs=slow_graphs, only="L7/replay"
+    ),
+    "does_not_come_back": mutant(
+        8, "cannot be activated after a shutdown", runtime=SwallowsFailures
+    ),
+}

@@ -66,7 +66,9 @@ PASSES = {
     "prefill": Pass(mode=ForwardMode.EXTEND, requests=((0, 3), (0, 33), (0, 1), (0, 16))),
     "chunked": Pass(mode=ForwardMode.EXTEND, requests=((16, 17), (1, 2), (40, 5), (15, 1))),
     "shared": Pass(mode=ForwardMode.EXTEND, requests=((32, 7), (32, 3)), shared=32),
-    "decode": Pass(mode=ForwardMode.DECODE, requests=((0, 1), (15, 1), (16, 1), (69, 1), (30, 1))),
+    "decode": Pass(
+        mode=ForwardMode.DECODE, requests=((0, 1), (15, 1), (16, 1), (69, 1), (30, 1))
+    ),
     "decode_one": Pass(mode=ForwardMode.DECODE, requests=((47, 1),)),
     "decode_padded": Pass(mode=ForwardMode.DECODE, requests=((20, 1), (3, 1)), padding=2),
     "mixed": Pass(mode=ForwardMode.MIXED, requests=((31, 1), (0, 21), (64, 1), (8, 9))),

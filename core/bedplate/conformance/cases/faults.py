@@ -157,13 +157,16 @@ def _pretended_torch(state: dict[str, bool]) -> Iterator[None]:
 
 
 def _early_context(fakes: FakePlugins) -> BackendError | None:
-    fakes.backend("acme", extra="""
+    fakes.backend(
+        "acme",
+        extra="""
         @hookimpl
         def bedplate_probe(self):
             import fake_state
             fake_state.state["on"] = True
             return ProbeResult(score=50)
-        """)
+        """,
+    )
     with _pretended_torch({"on": False}):
         return _warning(fakes.probed())
 
@@ -266,7 +269,9 @@ INJECTIONS: Final[Mapping[str, tuple[str, Callable[[FakePlugins], BackendError |
         "raises_at_import": ("HW040", lambda fakes: _record_error(fakes, code="1 / 0")),
         "raises_in_probe": ("HW041", lambda fakes: _record_error(fakes, **_probing("1 / 0"))),
         "probe_hangs": (
-            "HW041", lambda fakes: _record_error(fakes, **_probing("import time; time.sleep(1)"))
+            "HW041", lambda fakes: _record_error(
+                fakes, **_probing("import time; time.sleep(1)")
+            )
         ),
         "heavy_import": ("HW042", _heavy),
         "early_context": ("HW043", _early_context),

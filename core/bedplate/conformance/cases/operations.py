@@ -175,8 +175,8 @@ def _add_norm(
         bias = draw.normal(shape[-1], dtype=dtype)
         arguments["x"] = PartialProduct(parts=pieces, bias=bias, dtype=dtype)
     other = draw.normal(*shape, dtype=dtype) if residual else None
-    bias = draw.normal(shape[-1], dtype=dtype) if order == "layer_norm" else None
-    return arguments | {"residual": other, "bias": bias}
+    shift = draw.normal(shape[-1], dtype=dtype) if order == "layer_norm" else None
+    return arguments | {"residual": other, "bias": shift}
 
 
 def _scale(name: str) -> float:
@@ -193,16 +193,18 @@ def _norms() -> Iterator[OpCase]:
                 make=partial(_norm, shape=shape, order=order, scale=_scale(name)), fresh=True,
                 rows=("x",), differing=_FEW,
                 attributes={"order": order, "size": shape[-1], "eps": 1e-6},
-                spaced=("x",) if name in ("odd", "ranks") else (), shifted=name == "many", empty=name == "none",
+                spaced=("x",) if name in ("odd", "ranks") else (), shifted=name == "many",
+                empty=name == "none",
                 nbytes=4 * shape[0] * shape[-1] if name == "many" else 0,
             )  # fmt: skip
+    sums: dict[str, dict[str, Any]] = {
+        "sum": {"shape": (7, 37), "residual": True},
+        "alone": {"shape": (3, 64), "residual": False},
+        "parts": {"shape": (5, 48), "residual": True, "parts": 3},
+        "none": {"shape": (0, 64), "residual": True},
+    }
     for dtype, order in product(DTYPES, NORM_ORDERS):
-        for name, facts in {
-            "sum": {"shape": (7, 37), "residual": True},
-            "alone": {"shape": (3, 64), "residual": False},
-            "parts": {"shape": (5, 48), "residual": True, "parts": 3},
-            "none": {"shape": (0, 64), "residual": True},
-        }.items():
+        for name, facts in sums.items():
             if name in ("parts", "none") and order != "weight_after_cast":
                 continue
             yield OpCase(
@@ -267,7 +269,7 @@ def _norm_linear(
 
 
 def _norm_linears() -> Iterator[OpCase]:
-    shapes = {
+    shapes: dict[str, dict[str, Any]] = {
         "one": {"rows": 1, "size": (64, 96), "act": None, "residual": True},
         "gated": {"rows": 5, "size": (48, 64), "act": "silu", "residual": True},
         "alone": {"rows": 9, "size": (37, 26), "act": "gelu_tanh", "residual": False},
@@ -276,7 +278,7 @@ def _norm_linears() -> Iterator[OpCase]:
     }
     orders = ("weight_after_cast", "one_plus_weight_fp32", "layer_norm")
     for dtype, order, (name, facts) in product(DTYPES, orders, shapes.items()):
-        wide, out = facts["size"]  # type: ignore[misc]
+        wide, out = facts["size"]
         if order != "weight_after_cast" and name not in ("one", "gated"):
             continue
         yield OpCase(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases from a file of ``bedplate trace-ops``: shapes of a real run, with numbers drawn anew."""
+"""Cases from a file of ``bedplate trace-ops``: shapes of a real run, numbers drawn anew."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def _tensor(draw: Draw, name: str, value: dict[str, Any]) -> Tensor:
         low, high = value["range"]
         count = int(torch.Size(shape).numel())
         if name in _DISTINCT and high - low + 1 >= count:
-            return (low + draw.order(high - low + 1)[:count]).view(shape).to(dtype)
+            distinct: Tensor = low + draw.order(high - low + 1)[:count]
+            return distinct.view(shape).to(dtype)
         return draw.integers(low, high + 1, *shape).to(dtype)
     if name in _WEIGHTS and len(shape) == 1:
         return 1 + draw.normal(*shape, dtype=dtype, scale=0.3)

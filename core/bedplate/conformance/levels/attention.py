@@ -102,7 +102,7 @@ def _case_check(case: AttentionCase, provider: AttentionProvider, subject: Subje
 
 
 def _surplus_checks(provider: AttentionProvider, subject: Subject) -> Iterator[Check]:
-    """A kind of call that is refused, tried in every pass: ``supports`` is not asked by pass."""
+    """A kind of call that is refused, tried in every pass: ``supports`` knows no passes."""
     kinds: dict[str, list[AttentionCase]] = {}
     for case in cases_for(subject.capabilities):
         if case.harmless(subject.capabilities) and _serves(provider, case):
@@ -153,7 +153,9 @@ def _check_case(
 
 def _page_order(case: AttentionCase, provider: AttentionProvider, subject: Subject) -> None:
     """The same numbers wherever the pages lie."""
-    first, *others = (PagedBench(case, subject.bound, provider, order=i).run() for i in range(3))
+    first, *others = (
+        PagedBench(case, subject.bound, provider, order=i).run() for i in range(3)
+    )
     for other in others:
         require(torch.equal(first, other), "the result depends on the order of pages")
 
@@ -186,7 +188,7 @@ def _batch_invariant(
 ) -> None:
     """Each request alone has the bits that it has among the others."""
     whole = PagedBench(case, subject.bound, provider, deterministic=True)
-    parts = whole.run().split([new for _, new in case.work.requests])
+    parts = torch.split(whole.run(), [new for _, new in case.work.requests])
     for row, part in enumerate(parts):
         require(
             torch.equal(part, whole.alone(row, provider)),

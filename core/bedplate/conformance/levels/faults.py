@@ -71,9 +71,7 @@ _WAYS: dict[str, Callable[[], Any]] = {
 _CODES = {"raises": "HW041", "exits": "HW041", "links_badly": "HW021"}
 
 
-def _inject(
-    code: str, inject: Callable[[Any], BackendError | None], _subject: Subject
-) -> None:
+def _inject(code: str, inject: Callable[[Any], BackendError | None], _subject: Subject) -> None:
     with fake_plugins() as fakes:
         error = inject(fakes)
     require(error is not None, f"nothing is wrong, by its own word, instead of {code}")

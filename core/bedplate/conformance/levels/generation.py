@@ -68,9 +68,7 @@ def checks(subject: Subject) -> Iterator[Check]:
         if have.determinism == "batch_invariant"
         else Support.no(f"determinism is {have.determinism}")
     )
-    yield Check(
-        level=6, name="same_bits", run=_same_bits, declared=same_bits, attempt=False
-    )
+    yield Check(level=6, name="same_bits", run=_same_bits, declared=same_bits, attempt=False)
     others: dict[str, Callable[[Subject], dict[str, float] | None]] = {
         "alone_and_together": _alone_and_together,
         "prefix_reuse": _prefix_reuse,
@@ -198,7 +196,9 @@ def _ends(subject: Subject) -> None:
         stop = greedy(stop_token_ids=(tokens[place],), prompt_logprobs=None)
         (ended,) = engine.generate([prompt], stop)
         require(ended.finish_reason == "stop", f"ends by {ended.finish_reason}, not by a stop")
-        require(len(ended.token_ids) in (place, place + 1), "a stop token does not end the text")
+        require(
+            len(ended.token_ids) in (place, place + 1), "a stop token does not end the text"
+        )
         least = greedy(
             stop_token_ids=(tokens[place],), min_tokens=place + 3, prompt_logprobs=None
         )

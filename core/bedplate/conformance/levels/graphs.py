@@ -121,6 +121,7 @@ def _stable_addresses(subject: Subject) -> None:
         return [tensor.data_ptr() for tensor in slots]
 
     before = addresses()
+    padded = bench.batch([1])
     for lengths in ([6, 5, 4], [4, 2, 3]):
         bench.replay(bench.batch(lengths))
         padded = bench.attention.prepared[-1]

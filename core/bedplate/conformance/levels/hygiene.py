@@ -30,7 +30,7 @@ _PROBE_S = 0.5
 
 def checks(subject: Subject) -> Iterator[Check]:
     """One check per rule."""
-    rules: dict[str, Callable[[Subject], None]] = {
+    rules: dict[str, Callable[[Subject], dict[str, float] | None]] = {
         "entry_point": _entry_point,
         "manifest": _manifest,
         "warnings": _warnings,
@@ -132,8 +132,9 @@ def _capabilities(subject: Subject) -> None:
     require("float32" in have.compute_dtypes, "float32 is not among compute_dtypes")
     if have.graph.supported and not have.graph.default:
         require(have.graph.reason, "graphs are off by default without a reason")
-    facts = [n for n, v in have.facts.items() if not (isinstance(n, str) and isinstance(v, str))]
-    require(not facts, f"facts that are no text: {facts}")
+    words: list[object] = [word for fact in have.facts.items() for word in fact]
+    strange = [word for word in words if not isinstance(word, str)]
+    require(not strange, f"facts that are no text: {strange}")
 
 
 def _capabilities_repeat(subject: Subject) -> None:

@@ -119,9 +119,7 @@ def wanted(case: OpCase, arguments: dict[str, Any]) -> list[Tensor]:
     return [*outputs, *leaves(tuple(case.written(given)))]
 
 
-def compare(
-    got: list[Tensor], want: list[Tensor], case: OpCase, factor: float = 1.0
-) -> float:
+def compare(got: list[Tensor], want: list[Tensor], case: OpCase, factor: float = 1.0) -> float:
     """The largest relative error of several results.
 
     Args:
@@ -162,8 +160,10 @@ def _check_rounding(ours: Tensor, theirs: Tensor, most: float) -> None:
     require(share <= most, f"{share:.0%} of the elements round otherwise, allowed {most:.0%}: "
             "is the order of rounding another?")  # fmt: skip
     bias = rounding_bias(ours, theirs)
-    require(abs(bias) <= _BIAS, f"numbers are off by {bias:+.2f} units on average: are bits cut "
-            "off instead of rounded?")  # fmt: skip
+    require(
+        abs(bias) <= _BIAS,
+        f"numbers are off by {bias:+.2f} units on average: are bits cut off, not rounded?",
+    )
 
 
 def _check_case(case: OpCase, provider: OpProvider, subject: Subject) -> dict[str, float]:
@@ -227,9 +227,7 @@ def _rows_alone(op: str, provider: OpProvider, subject: Subject) -> None:
             whole = _results(plain, provider, subject, torch.arange(count))
             for rows in (torch.tensor([count - 1]), torch.arange(count - 1, -1, -1)):
                 part = _results(plain, provider, subject, rows)
-                same = all(
-                    _same_bits(a[rows], b) for a, b in zip(whole, part, strict=True)
-                )
+                same = all(_same_bits(a[rows], b) for a, b in zip(whole, part, strict=True))
                 require(same, f"{case.label}: a row's bits depend on the rows beside it")
     if not looked:
         raise Leave("none of the cases is supported")
@@ -239,9 +237,7 @@ def _results(
     case: OpCase, provider: OpProvider, subject: Subject, rows: Tensor
 ) -> list[Tensor]:
     arguments = case.arguments()
-    chosen = {
-        name: arguments[name][rows] for name in case.rows if arguments[name] is not None
-    }
+    chosen = {name: arguments[name][rows] for name in case.rows if arguments[name] is not None}
     return run_case(case, provider, subject.device, arguments | chosen)[0]
 
 
@@ -258,8 +254,10 @@ def _is_float(value: object) -> bool:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else bool(
-        torch.equal(a, b)
+    return (
+        torch.equal(a.nan_to_num(), b.nan_to_num())
+        if a.is_floating_point()
+        else bool(torch.equal(a, b))
     )
 
 

@@ -77,7 +77,7 @@ def _contradictions(subject: Subject) -> None:
         "a request that shrinks": lambda: allocator.alloc_extend(
             ints(size), ints(size - 1), ints(int(slots[size - 1]))
         ),
-        "slots of int64": lambda: allocator.free(slots.astype(np.int64)),  # type: ignore[arg-type]
+        "slots of int64": lambda: allocator.free(slots.astype(np.int64)),
         "a second free": lambda: _free_twice(allocator, slots),
         "the end of no group": allocator.free_group_end,
     }

@@ -124,7 +124,9 @@ def _step_counts(subject: Subject) -> dict[str, float]:
     with oracle.engine(subject) as engine:
         steps = 12
         for prompt in oracle.prompts((9, 17, 5)):
-            engine.add_request(prompt, greedy(max_tokens=40, prompt_logprobs=None, logprobs=None))
+            engine.add_request(
+                prompt, greedy(max_tokens=40, prompt_logprobs=None, logprobs=None)
+            )
         for _ in range(6):
             engine.step()
         runtime = engine.runner.bound.runtime
@@ -150,7 +152,7 @@ def _hook_calls(engine: Engine, steps: int) -> int:
         count += 1
         return inner(caller, **arguments)
 
-    pluggy.HookCaller.__call__ = counted  # type: ignore[method-assign]
+    pluggy.HookCaller.__call__ = counted  # type: ignore[assignment, method-assign]
     try:
         for _ in range(steps):
             engine.step()
