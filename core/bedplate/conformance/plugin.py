@@ -17,6 +17,7 @@ __all__ = [
     "pytest_terminal_summary",
 ]
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +77,10 @@ def parse_levels(text: str) -> tuple[int, ...]:
     known = [level.number for level in LEVELS]
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
             raise ValueError(f"--level {text!r}: {part!r} is no level; write 2, 0-4, or 2,3")
-        found += range(int(first), int(last or first) + 1)
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
     if not found or set(found) - set(known):
         raise ValueError(f"--level {text!r}: levels are {known[0]} to {known[-1]}")
     return tuple(sorted(set(found)))

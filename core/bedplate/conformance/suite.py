@@ -2,12 +2,19 @@
 """The whole kit as a test module: ``from bedplate.conformance.suite import *``.
 
 The backend is named by ``--backend`` where the plugin is loaded, by ``BACKEND = "acme"`` in
-the module that imports this, or by ``BEDPLATE_BACKEND``; nothing is guessed.
+the module that imports this, or by ``BEDPLATE_BACKEND``; nothing is guessed.  ``LEVEL = "0-4"``
+in the module keeps to some levels.
 """
 
 from __future__ import annotations
 
-__all__ = ["PROPERTY", "SUBJECTS", "pytest_generate_tests", "test_conformance"]
+__all__ = [
+    "PROPERTY",
+    "SUBJECTS",
+    "conformance_session",
+    "pytest_generate_tests",
+    "test_conformance",
+]
 
 from typing import TYPE_CHECKING
 
@@ -20,7 +27,7 @@ from bedplate.conformance.report import read_report
 from bedplate.conformance.subject import Subject
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from bedplate.conformance.check import Check
 
@@ -66,7 +73,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     SUBJECTS.config = metafunc.config
     subject = SUBJECTS.get(_backend(metafunc))
     _prepare(subject, metafunc.config)
-    levels, patterns = _wanted(metafunc.config)
+    levels, patterns = _wanted(metafunc)
     checks = [
         check
         for check in all_checks(subject, levels)
@@ -76,6 +83,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ("check", "subject"), [(check, subject) for check in checks],
         ids=[check.id for check in checks],
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def conformance_session(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Gives devices back at the end; where the plugin is loaded, it does, after its report."""
+    yield
+    if not pytestconfig.pluginmanager.hasplugin("bedplate.conformance.plugin"):
+        SUBJECTS.close()
 
 
 def test_conformance(
@@ -122,11 +137,10 @@ def _prepare(subject: Subject, config: pytest.Config) -> None:
         subject.baseline = {result.check: result.numbers for result in results}
 
 
-def _wanted(config: pytest.Config) -> tuple[tuple[int, ...] | None, list[str]]:
-    """Levels and patterns; all where the plugin, which has the options, is not loaded."""
-    text = config.getoption("--level", None)
-    if text is None:
-        return None, []
+def _wanted(metafunc: pytest.Metafunc) -> tuple[tuple[int, ...] | None, list[str]]:
+    """Levels and patterns: the plugin's options, or the module's word where it is absent."""
     from bedplate.conformance.plugin import parse_levels
 
-    return parse_levels(text), config.getoption("--only")
+    text = metafunc.config.getoption("--level", None) or getattr(metafunc.module, "LEVEL", None)
+    patterns = metafunc.config.getoption("--only", None) or []
+    return (None if text is None else parse_levels(text)), patterns

@@ -8,6 +8,7 @@ distribution names an attribute of this module.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from tests.conformance.mutants import (
@@ -21,6 +22,8 @@ from tests.conformance.mutants import (
 )
 from tests.conformance.mutants.base import Mutant, MutantBackend, mutant
 
+from bedplate.contract import Support
+
 MUTANTS: dict[str, Mutant] = {
     **hygiene.MUTANTS,
     **runtime.MUTANTS,
@@ -30,7 +33,16 @@ MUTANTS: dict[str, Mutant] = {
     **graphs.MUTANTS,
     **whole.MUTANTS,
 }
-SOUND = mutant(8, "nothing is wrong")
+OTHERS = {
+    "sound": mutant(8, "nothing is wrong"),
+    "aborts": mutant(2, "ends the process", ops={"linear": lambda *_, **__: os.abort()}),
+    "refuses_what_it_can": mutant(
+        3, "refuses windows without need", supports=lambda request: Support(
+            all(call.window is None for call in request.calls), "no windows"
+        ),
+    ),
+}  # fmt: skip
+"""For tests of the kit; none is a mistake that a check has to find."""
 SURVIVORS = {
     "explains_by_number": "the registry drops a sentence that is no text; users never see it",
     "one_ulp": "sums in another order move float32 results as far; the tolerance must allow it",
@@ -39,8 +51,7 @@ SURVIVORS = {
 
 def __getattr__(name: str) -> Any:
     """The backend of that name, for an entry point."""
-    if name == "sound":
-        return MutantBackend(SOUND.parts)
-    if name in MUTANTS:
-        return MutantBackend(MUTANTS[name].parts)
+    known = MUTANTS | OTHERS
+    if name in known:
+        return MutantBackend(known[name].parts)
     raise AttributeError(name)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _RECORDS = {kind.__name__: kind for kind in (HeadNorm, PartialProduct, RopeTable)}
 _DISTINCT = ("slots",)
 """Arguments whose integers must differ: two rows at one place have no order."""
+_SPARE_SLOTS = 64
 _WEIGHTS = ("weight", "norm_weight", "q_weight", "k_weight")
 
 
@@ -51,13 +52,26 @@ def _case(number: int, entry: dict[str, Any]) -> OpCase:
         template,
         name=f"recorded.{number}",
         dtype=entry["dtype"],
-        make=partial(_make, arguments=arguments),
+        make=partial(_make, arguments=_small_pools(arguments)),
         attributes=entry["attributes"],
         spaced=tuple(name for name, value in arguments.items() if _is_spaced(value)),
         shifted=False,
         rows=(),
         nbytes=0,
     )
+
+
+def _small_pools(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A cache of no more rows than the case needs: the real one may be most of the memory."""
+    slots = arguments.get("slots")
+    if slots is None:
+        return arguments
+    rows = min(arguments["keys"]["shape"][0], slots["shape"][0] + _SPARE_SLOTS)
+    pools = {
+        name: {**arguments[name], "shape": [rows, *arguments[name]["shape"][1:]]}
+        for name in ("keys", "values")
+    }
+    return {**arguments, **pools, "slots": {**slots, "range": [1, rows - 1]}}
 
 
 def _make(draw: Draw, _dtype: torch.dtype, *, arguments: dict[str, Any]) -> dict[str, Any]:
