@@ -50,6 +50,18 @@ def test_at_least_forty_and_nineteen_of_twenty():
     assert {mutant.level for mutant in MUTANTS.values()} == set(range(9))
 
 
+@pytest.mark.parametrize(("name", "level"), [("narrow_cache", 3), ("narrow_cache", 4)])
+def test_nothing_is_wrong_with_narrow_caches(name, level):
+    with subject_of(name) as subject:
+        results = [
+            examine(check, subject)
+            for check in all_checks(subject, [level])
+            if "float8" in check.id
+        ]
+    assert [(r.check, r.reason) for r in results if r.outcome != "passed"] == []
+    assert len(results) >= 6
+
+
 @pytest.mark.parametrize(
     "level", [1, 2, 3, 4, 5, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 6, 7))]
 )

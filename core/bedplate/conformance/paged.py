@@ -264,13 +264,14 @@ class PagedBench:
         wanted = [self._new_keys, self._new_values]
         for now, was, parts in zip(self._stored(), before, wanted, strict=False):
             stored = now.cpu()
+            numbers = stored.float()
             rows = torch.cat([p[at:] for p, at in zip(parts, fresh, strict=True)])
-            equal = stored[mine].float() == rows.to(stored.dtype).float()
+            equal = numbers[mine] == rows.to(stored.dtype).float()
             require(bool(equal.all()), "new keys or values do not lie at out_cache_loc")
             other = torch.ones(len(stored), dtype=torch.bool)
             other[: self.case.page_size] = False
             other[mine] = False
-            same = torch.equal(_bytes(stored[other]), _bytes(was.cpu()[other]))
+            same = torch.equal(_bytes(stored)[other], _bytes(was.cpu())[other])
             require(same, "writes slots that belong to nobody in the pass, or to cached tokens")
 
     def _send(self, tensor: Tensor) -> Tensor:

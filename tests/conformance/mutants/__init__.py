@@ -9,6 +9,7 @@ distribution names an attribute of this module.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from tests.conformance.mutants import (
@@ -35,6 +36,13 @@ MUTANTS: dict[str, Mutant] = {
 }
 OTHERS = {
     "sound": mutant(8, "nothing is wrong"),
+    "narrow_cache": mutant(
+        3, "nothing is wrong, over caches of eight bits", attention=attention.SharedCalls,
+        supports=lambda _request: Support.yes(),
+        capabilities=lambda c: replace(
+            c, kv_dtypes=(*c.kv_dtypes, "float8_e5m2", "float8_e4m3fn")
+        ),
+    ),
     "aborts": mutant(2, "ends the process", ops={"linear": lambda *_, **__: os.abort()}),
     "refuses_what_it_can": mutant(
         3, "refuses windows without need", supports=lambda request: Support(

@@ -9,7 +9,7 @@ Shapes: T tokens, E features in, N features out, H query heads, K key/value head
 
 from __future__ import annotations
 
-__all__ = ["CASES", "DTYPES", "OpCase", "cases_of"]
+__all__ = ["CASES", "DTYPES", "Draw", "OpCase", "cases_of"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

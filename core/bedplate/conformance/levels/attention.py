@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["checks"]
+__all__ = ["checks", "request_of"]
 
 from dataclasses import replace
 from functools import partial

@@ -7,7 +7,7 @@ kernel for, and then the device's own torch has to be right.
 
 from __future__ import annotations
 
-__all__ = ["checks", "compare", "run_case"]
+__all__ = ["checks", "declared"]
 
 from dataclasses import replace
 from functools import partial

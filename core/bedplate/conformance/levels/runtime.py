@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bedplate.conformance.check import Check, require
+from bedplate.conformance.check import Check, Wrong, require
 from bedplate.conformance.subject import process_state
 from bedplate.contract.decisions import Support
 
@@ -28,6 +28,8 @@ _BLOCK_BYTES = 64 << 20
 _ALIGNMENT_BYTES = 64
 _BUSY = 24
 """Products in a row: enough that an asynchronous device has not done them when asked."""
+_SIZES = (256, 256, 1024, 2048)
+"""Sizes of products, from what any device does soon to what the fastest needs a while for."""
 
 
 def checks(subject: Subject) -> Iterator[Check]:
@@ -166,14 +168,17 @@ def _event_query(subject: Subject) -> None:
 
 
 def _asynchronous(subject: Subject) -> None:
-    """Work is still under way when its call returns."""
-    seen = False
-    for _ in range(5):
-        _result, _want = _work(subject)
+    """Work is still under way when its call returns, if there is enough of it."""
+    for size in _SIZES:
+        factor = torch.eye(size, device=subject.device)
+        for _ in range(_BUSY):
+            factor = factor @ factor
         event = subject.bound.runtime.record_event()
-        seen = seen or not event.query()
+        late = not event.query()
         event.synchronize()
-    require(seen, "every call has finished when it returns")
+        if late:
+            return
+    raise Wrong("every call has finished when it returns")
 
 
 def _host_memory(subject: Subject) -> None:

@@ -167,9 +167,10 @@ def _scattered(pool: KVPool, count: int) -> list[int]:
     return [int(i) + pool.page_size for i in order[:count]]
 
 
-def _same(stored: Tensor, rows: Tensor) -> bool:
-    wanted = rows.cpu().to(stored.dtype)
-    return torch.equal(stored.cpu().float(), wanted.float())
+def _holds(storage: Tensor, places: list[int], rows: Tensor) -> bool:
+    """Whether the rows lie there, cast once; compared on the host, where all can be indexed."""
+    wanted = rows.cpu().to(storage.dtype).float()
+    return torch.equal(storage.cpu().float()[places], wanted)
 
 
 def _round_trip(call: AttentionCallSpec, dtype: str, subject: Subject) -> None:
@@ -185,9 +186,9 @@ def _round_trip(call: AttentionCallSpec, dtype: str, subject: Subject) -> None:
     with subject.bound.runtime.inference_guard():
         pool.write(0, _slots(subject, places), keys, values)
     subject.bound.runtime.synchronize()
-    require(_same(pool.key(0)[places], keys), "keys are not as they were written")
+    require(_holds(pool.key(0), places, keys), "keys are not as they were written")
     wanted = keys[..., : call.value_dim] if values is None else values
-    require(_same(pool.value(0)[places], wanted), "values are not as they were written")
+    require(_holds(pool.value(0), places, wanted), "values are not as they were written")
     rest = [i for i in range(len(before)) if i not in places]
     require(torch.equal(pool.key(0).cpu().float()[rest], before[rest]), "writes other slots")
 
@@ -212,7 +213,7 @@ def _move(call: AttentionCallSpec, dtype: str, subject: Subject) -> None:
     with subject.bound.runtime.inference_guard():
         pool.write(0, _slots(subject, places), keys, values)
         pool.move(_slots(subject, places[1:]), _slots(subject, places[:-1]))
-    require(_same(pool.key(0)[places[1:]], keys[:-1]), "move() loses overlapping slots")
+    require(_holds(pool.key(0), places[1:], keys[:-1]), "move() loses overlapping slots")
 
 
 def _host_copy(call: AttentionCallSpec, dtype: str, subject: Subject) -> None:
@@ -224,11 +225,11 @@ def _host_copy(call: AttentionCallSpec, dtype: str, subject: Subject) -> None:
     with subject.bound.runtime.inference_guard():
         pool.write(0, _slots(subject, old), keys, values)
         copy = pool.get_cpu_copy(_slots(subject, old))
-        require(_same(pool.key(0)[old], keys), "making a host copy changes the pool")
+        require(_holds(pool.key(0), old, keys), "making a host copy changes the pool")
         pool.write(0, _slots(subject, old), *_rows(subject, call, 6, seed=1))
         pool.load_cpu_copy(copy, _slots(subject, new))
     require(copy.num_tokens == 6, f"the copy says it has {copy.num_tokens} tokens of 6")
-    require(_same(pool.key(0)[new], keys), "a host copy does not come back as it was")
+    require(_holds(pool.key(0), new, keys), "a host copy does not come back as it was")
 
 
 def _alias(call: AttentionCallSpec, dtype: str, subject: Subject) -> None:
@@ -242,5 +243,5 @@ def _alias(call: AttentionCallSpec, dtype: str, subject: Subject) -> None:
         pool.write(0, _slots(subject, places), keys, values)
         other_keys, other_values = _rows(subject, call, 3, seed=1)
         pool.write(1, _slots(subject, places), other_keys, other_values)
-    require(_same(pool.key(1)[places], keys), "an alias does not read its target, or writes it")
+    require(_holds(pool.key(1), places, keys), "an alias writes, or does not read its target")
     require(pool.nbytes == alone.nbytes, "an alias takes memory")
