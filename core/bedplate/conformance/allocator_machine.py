@@ -89,14 +89,14 @@ class AllocatorMachine(RuleBasedStateMachine):
     @property
     def taken(self) -> list[int]:
         """Pages in use."""
-        return [page for slots in self.requests for page in self._pages(slots)]
+        return [page for slots in self.requests for page in self.pages(slots)]
 
     @rule(lens=st.lists(st.integers(0, 70), max_size=5))
     def begin(self, lens: list[int]) -> None:
         """New requests, all at once."""
         prefixes = ints(*[0] * len(lens))
         slots = self.allocator.alloc_extend(prefixes, ints(*lens), prefixes - 1)
-        got = self._granted(slots, sum(-(-n // self.page_size) for n in lens))
+        got = self.granted(slots, sum(-(-n // self.page_size) for n in lens))
         if got is not None:
             parts = np.split(got, np.cumsum(lens)[:-1]) if lens else []
             self.requests += [part.tolist() for part in parts if len(part)]
@@ -104,7 +104,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(pages=st.integers(0, 6))
     def take_pages(self, pages: int) -> None:
         """Whole pages."""
-        got = self._granted(self.allocator.alloc(pages * self.page_size), pages)
+        got = self.granted(self.allocator.alloc(pages * self.page_size), pages)
         if got is not None and pages:
             self.requests.append(got.tolist())
 
@@ -116,7 +116,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         lasts = ints(*(slots[-1] for slots in self.requests))
         need = sum(self._count(len(s) + new) - self._count(len(s)) for s in self.requests)
         slots = self.allocator.alloc_extend(prefixes, prefixes + np.int32(new), lasts)
-        got = self._granted(slots, need)
+        got = self.granted(slots, need)
         if got is not None:
             for row, part in enumerate(np.split(got, len(self.requests))):
                 self.requests[row] += part.tolist()
@@ -129,7 +129,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         lasts = ints(*(slots[-1] for slots in self.requests))
         need = sum(len(slots) % self.page_size == 0 for slots in self.requests)
         slots = self.allocator.alloc_decode(lens, lasts)
-        got = self._granted(slots, need)
+        got = self.granted(slots, need)
         if got is not None:
             for owned, slot in zip(self.requests, got.tolist(), strict=True):
                 owned.append(slot)
@@ -212,7 +212,7 @@ class AllocatorMachine(RuleBasedStateMachine):
                     "a token lies at another place of its page than its position",
                 )
 
-    def _granted(self, slots: Int32Array | None, pages: int) -> Int32Array | None:
+    def granted(self, slots: Int32Array | None, pages: int) -> Int32Array | None:
         """The slots, once it is clear that granting or refusing them was right."""
         free = self.num_pages - len(self.taken)
         if slots is None:
@@ -224,7 +224,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         require(slots.dtype == np.int32, f"slots are {slots.dtype}, not int32")
         return slots
 
-    def _pages(self, slots: list[int]) -> set[int]:
+    def pages(self, slots: list[int]) -> set[int]:
+        """Pages that the slots lie in."""
         return {slot // self.page_size for slot in slots}
 
     def _count(self, tokens: int) -> int:

@@ -113,7 +113,17 @@ class Subject:
 
     @cached_property
     def profile(self) -> ConformanceProfile:
-        """What the backend says of its tolerances and gaps.
+        """What the backend says of its tolerances and gaps; nothing, if it cannot be used.
+
+        Level 0 says so: an unreadable profile excuses nobody.
+        """
+        try:
+            return self.read_profile()
+        except Exception:
+            return ConformanceProfile()
+
+    def read_profile(self) -> ConformanceProfile:
+        """Ask for the profile, and check it.
 
         Raises:
             ContractError: The answer is no profile, or a gap has no reason, link or day.

@@ -16,6 +16,7 @@ __all__ = [
     "test_conformance",
 ]
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -143,4 +144,9 @@ def _wanted(metafunc: pytest.Metafunc) -> tuple[tuple[int, ...] | None, list[str
 
     text = metafunc.config.getoption("--level", None) or getattr(metafunc.module, "LEVEL", None)
     patterns = metafunc.config.getoption("--only", None) or []
-    return (None if text is None else parse_levels(text)), patterns
+    levels = None if text is None else parse_levels(text)
+    named = [re.match(r"L(\d)/", pattern) for pattern in patterns]
+    if named and all(named):  # other levels need not even be loaded
+        asked = {int(match[1]) for match in named if match}
+        levels = tuple(sorted(asked if levels is None else asked & set(levels)))
+    return levels, patterns

@@ -165,4 +165,4 @@ def _explain_error(subject: Subject) -> None:
 
 def _profile(subject: Subject) -> None:
     """Reading it checks it."""
-    _ = subject.profile
+    subject.read_profile()
