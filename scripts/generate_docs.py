@@ -21,6 +21,8 @@ import click
 from bedplate import contract, env, errors
 from bedplate.cli.main import COMMANDS, cli
 from bedplate.config import EngineConfig
+from bedplate.conformance.matrix import level_table, support_matrix
+from bedplate.conformance.report import read_report
 from bedplate.contract import capabilities
 from bedplate.contract.hooks import BedplateHooks
 from bedplate.registry.faults import FAULTS
@@ -211,6 +213,13 @@ def _blanks(template: str) -> str:
     return re.sub(r"\{(\w+)\}", r"‹\1›", template)
 
 
+def matrix() -> str:
+    """Support of every backend with a committed report."""
+    return support_matrix(
+        [read_report(p) for p in sorted(REFERENCE.glob("conformance/*.json"))]
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "capabilities": capability_tables,
     "cli": commands,
@@ -220,6 +229,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "errors": error_tree,
     "faults": faults,
     "hooks": hooks,
+    "levels": level_table,
+    "matrix": matrix,
 }
 
 

@@ -87,8 +87,6 @@ def _native_supports(request: AttentionRequest) -> Support:
         group = call.num_heads // call.num_kv_heads
         if group > _MAX_GROUP or max(call.head_dim, call.value_dim) > _MAX_DIM:
             return Support.no(f"{call.module}: {group} heads of {call.head_dim} share one key")
-        if not call.causal:
-            return Support.no(f"{call.module} sees later tokens")
     return Support.yes(f"reads the cache in place; {kernels.reason}")
 
 
@@ -347,7 +345,8 @@ def _similar(lengths: Tensor) -> list[Tensor]:
         if end == size or ordered[end] > _WASTE * max(ordered[begin], 32):
             groups.append(order[begin:end])
             begin = end
-    return groups
+    # One group is the batch as it is: its rows stay in their order.
+    return groups if len(groups) > 1 else [torch.arange(size)]
 
 
 def _decode_mask(group: _Group, call: AttentionCallSpec) -> Tensor:

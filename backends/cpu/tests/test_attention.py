@@ -37,6 +37,7 @@ LENGTHS = {
     "ragged": [3, 70, 1, 129, 20],
     "equal": [64, 64],
     "skewed": [300, 2, 2, 2],
+    "short": [21, 4, 1, 2],  # one group, and not in the order of its lengths
 }
 
 

@@ -22,10 +22,12 @@ COMMANDS = MappingProxyType(
     {
         "backends": ("bedplate.cli.backends", "What is here, what is not, and why."),
         "bisect-kernels": ("bedplate.cli.bisect_kernels", "Which kernel makes a check fail."),
+        "conformance": ("bedplate.cli.conformance", "Examine a backend, level by level."),
         "doctor": ("bedplate.cli.doctor", "Examine this installation and machine."),
         "explain": ("bedplate.cli.explain", "Every choice of a start-up, with its candidates."),
         "generate": ("bedplate.cli.generate", "Generate text from prompts."),
         "new-backend": ("bedplate.cli.new_backend", "Write a backend of your own, complete."),
+        "trace-ops": ("bedplate.cli.trace_ops", "Which operations a run calls, as a file."),
     }
 )
 

@@ -20,6 +20,11 @@ from bedplate.contract.capabilities import (
     GraphCapabilities,
     MemoryCapabilities,
 )
+from bedplate.contract.conformance import (
+    ConformanceProfile,
+    KnownGap,
+    WiderTolerance,
+)
 from bedplate.contract.decisions import Candidate, Decision, Support
 from bedplate.contract.graph import CompileRequest, GraphRunnerRequest
 from bedplate.contract.hooks import PROJECT, BedplateHooks, hookimpl, hookspec
@@ -60,6 +65,7 @@ __all__ = [
     "BedplateHooks",
     "Candidate",
     "CompileRequest",
+    "ConformanceProfile",
     "Decision",
     "DeviceFacts",
     "DeviceRuntime",
@@ -69,6 +75,7 @@ __all__ = [
     "HostKVCopy",
     "KVPool",
     "KVPoolRequest",
+    "KnownGap",
     "MemoryCapabilities",
     "MemoryStatus",
     "OpProvider",
@@ -80,6 +87,7 @@ __all__ = [
     "StepStats",
     "Support",
     "TokenToKVPoolAllocator",
+    "WiderTolerance",
     "hookimpl",
     "hookspec",
 ]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from bedplate.contract.attention import AttentionProvider
     from bedplate.contract.capabilities import BackendCapabilities
+    from bedplate.contract.conformance import ConformanceProfile
     from bedplate.contract.decisions import Decision
     from bedplate.contract.graph import CompileRequest, GraphRunnerRequest
     from bedplate.contract.manifest import (
@@ -121,6 +122,13 @@ class BedplateHooks:
     @hookspec(firstresult=True)
     def bedplate_explain_error(self, error: BaseException) -> str | None:
         """Turn a vendor's error into a sentence and a remedy. Selected backend."""
+
+    @hookspec
+    def bedplate_conformance_profile(self) -> ConformanceProfile:  # type: ignore[empty-body]
+        """Where are you less exact, and what does not work yet? The backend certified.
+
+        Asked by the conformance kit only, never by an engine.
+        """
 
     @hookspec
     def bedplate_decision(self, decision: Decision) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from bedplate.config import EngineConfig
     from bedplate.engine.text import Tokenizer
+    from bedplate.registry.bind import BoundBackend
     from bedplate.registry.decisions import DecisionLog
     from bedplate.runner.model_runner import ModelRunner
     from bedplate.runner.shadow import ShadowReport
@@ -59,13 +60,30 @@ class Engine(EngineClient):
         engine._open(config, progress)
         return engine
 
+    @classmethod
+    def from_backend(cls, bound: BoundBackend, decisions: DecisionLog) -> Self:
+        """Start on a backend that is open already, with its settings; it is the engine's then.
+
+        Args:
+            bound: From ``registry.open_backend``; shut down by ``close``.
+            decisions: The log that it was opened with.
+        """
+        from bedplate.runner.startup import start_on
+
+        engine = cls.__new__(cls)
+        engine._adopt(start_on(bound, decisions))
+        return engine
+
     def _open(
         self, config: EngineConfig, progress: Callable[[str, int, int], None] | None
     ) -> None:
         # Loads the model stack, which ``import bedplate.engine`` should not.
         from bedplate.runner.startup import start
 
-        self._started = start(config, progress=progress)
+        self._adopt(start(config, progress=progress))
+
+    def _adopt(self, started: Started) -> None:
+        self._started = started
         try:
             self.tokenizer = _find_tokenizer(self._started)
             super().__init__(_make_core(self._started, self.tokenizer))

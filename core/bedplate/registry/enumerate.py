@@ -36,7 +36,7 @@ GROUPS: Final[Mapping[str, PluginKind]] = MappingProxyType(
         "bedplate.plugins": "plugin",
     }
 )
-TOOL_EXTRAS: Final = frozenset({"dev"})
+TOOL_EXTRAS: Final = frozenset({"conformance", "dev"})
 """Extras of bedplate that name tools; every other extra is the name of a backend."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")

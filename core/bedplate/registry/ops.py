@@ -20,7 +20,7 @@ from bedplate.registry.records import nearest
 from bedplate.registry.support import ask_support, promises, refusing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from bedplate.contract.capabilities import DeterminismClass
     from bedplate.contract.decisions import Support
@@ -87,6 +87,10 @@ class Operations(OpRegistry):
             self._providers = before
             raise
 
+    def providers(self, op: str) -> tuple[OpProvider, ...]:
+        """Every implementation of an operation, preferred ones first, its meaning last."""
+        return tuple(sorted(self._providers.get(op, ()), key=_rank))
+
     def choose(self, request: OpRequest) -> OpProvider:
         """See ``OpRegistry.choose``. Equal requests are answered from memory.
 
@@ -115,17 +119,15 @@ class Operations(OpRegistry):
         Raises:
             UnsupportedError: Nothing would (HW060); the reference supports everything.
         """
-        ranked = [p for p in self._ranked(request) if p.provider != provider.provider]
+        rivals = self.providers(request.op)
+        ranked = [rival for rival in rivals if rival.provider != provider.provider]
         chosen, candidates = ask_support(self._questions(ranked, request), request)
         if chosen is None:
             raise self._nothing_fits(request, candidates)
         return ranked[chosen]
 
-    def _ranked(self, request: OpRequest) -> list[OpProvider]:
-        return sorted(self._providers.get(request.op, ()), key=_rank)
-
     def _questions(
-        self, ranked: list[OpProvider], request: OpRequest
+        self, ranked: Sequence[OpProvider], request: OpRequest
     ) -> list[tuple[str, Callable[[OpRequest], Support]]]:
         withdrawn = self._withdrawn.get(_identity(request), {})
         return [
@@ -140,7 +142,7 @@ class Operations(OpRegistry):
 
     def _choose(self, request: OpRequest) -> OpProvider:
         with self._decisions.choosing(f"op.{request.op}") as decide:
-            ranked = self._ranked(request)
+            ranked = self.providers(request.op)
             asked = self._questions(ranked, request)
             chosen, candidates = ask_support(asked, request)
             decide(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Started", "start"]
+__all__ = ["Started", "start", "start_on"]
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +113,19 @@ def start(
     """
     decisions = DecisionLog() if decisions is None else decisions
     bound = open_backend(config=config, reference_ops=OPERATIONS, decisions=decisions)
+    return start_on(bound, decisions, progress=progress)
+
+
+def start_on(
+    bound: BoundBackend, decisions: DecisionLog, *, progress: Progress | None = None
+) -> Started:
+    """As ``start``, on a backend that is open already and runs nothing yet.
+
+    Args:
+        bound: The backend, with the settings; shut down again if anything fails.
+        decisions: Where its choices were recorded, and further ones will be.
+        progress: Told about long stages.
+    """
     try:
         bound.attention_providers.register(reference_provider)
         runner = ModelRunner(bound.config, bound, decisions, progress)
@@ -125,7 +138,7 @@ def start(
             decisions=decisions,
             runner=runner,
             executor=ModelExecutor(runner, eos, shadow),
-            tokenizer_folder=_tokenizer_folder(config),
+            tokenizer_folder=_tokenizer_folder(bound.config),
             eos_token_ids=eos,
             shadow=shadow,
         )

@@ -132,12 +132,13 @@ def decode_batch(
     *,
     hidden: CaptureHiddenMode = CaptureHiddenMode.NULL,
     seed: int = 0,
+    first_row: int = 1,
 ) -> ForwardBatch:
-    """A decode batch whose request i is in row i + 1 and has ``lengths[i]`` tokens."""
+    """A decode batch whose request i is in row ``first_row + i``, of ``lengths[i]`` tokens."""
     device = attention.req_to_token.device
     generator = torch.Generator().manual_seed(seed)
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    rows = torch.arange(1, len(lengths) + 1, dtype=torch.int32)
+    rows = torch.arange(first_row, first_row + len(lengths), dtype=torch.int32)
     last = (seq_lens - 1).long()
     tokens = torch.randint(_VOCABULARY, (len(lengths),), generator=generator)
     return ForwardBatch(

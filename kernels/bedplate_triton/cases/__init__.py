@@ -17,6 +17,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from bedplate.reference.closeness import relative_error
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -81,12 +83,3 @@ def all_cases(small: bool | None = None) -> tuple[Case, ...]:
     modules = [import_module(f"{__name__}.{name}") for name in case_modules()]
     cases = tuple(case for module in modules for case in module.CASES)
     return tuple(case for case in cases if small is None or case.small is small)
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """``‖got − want‖ / ‖want‖``; infinite if a number is missing, or shape or dtype differs."""
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return float("inf")
-    gap = (got.double() - want.double()).norm()
-    error = float(gap / want.double().norm().clamp_min(1e-30))
-    return error if error == error else float("inf")

@@ -5,14 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
+from hypothesis.stateful import precondition, rule
 
+from bedplate.conformance.allocator_machine import AllocatorMachine
 from bedplate.contract.memory import AllocatorRequest
 from bedplate.errors import ContractError
 from bedplate.memory.allocator import PagedAllocator
@@ -354,97 +349,29 @@ def test_the_factory_makes_one_of_the_requested_size():
     assert (allocator.page_size, allocator.available_size()) == (4, 32)
 
 
-class AllocatorMachine(RuleBasedStateMachine):
-    """Requests grow and go; the model is the set of pages that each of them owns."""
+class PagedAllocatorMachine(AllocatorMachine):
+    """The kit's machine, and what our allocator offers beyond the contract: pages."""
 
-    @initialize(
-        page_size=st.sampled_from([1, 4, 16]), num_pages=st.sampled_from([1, 3, 40, 700])
-    )
-    def start(self, page_size: int, num_pages: int) -> None:
-        self.page_size = page_size
-        self.num_pages = num_pages
-        self.allocator = PagedAllocator(num_pages * page_size, page_size)
-        self.requests: list[list[int]] = []
-        self.saved: tuple[object, list[list[int]], list[int]] | None = None
-        self.loose: list[int] = []
-
-    def pages(self, slots: list[int]) -> set[int]:
-        return {slot // self.page_size for slot in slots}
-
-    def all_taken(self) -> list[int]:
-        owned = [page for slots in self.requests for page in self.pages(slots)]
-        return owned + self.loose
-
-    @property
-    def free_count(self) -> int:
-        return self.num_pages - len(self.all_taken())
-
-    def expect(self, got: np.ndarray | None, new_pages: int) -> bool:
-        assert (got is None) == (new_pages > self.free_count)
-        return got is not None
+    make = staticmethod(make_allocator)
+    page_sizes = (1, 4, 16)
 
     @rule(count=st.integers(0, 50))
     def alloc_pages(self, count: int) -> None:
-        pages = self.allocator.alloc_pages(count)
-        if self.expect(pages, count):
-            self.loose += pages.tolist()
-
-    @rule(lens=st.lists(st.integers(0, 70), max_size=5))
-    def begin_requests(self, lens: list[int]) -> None:
-        prefixes = ints(*[0] * len(lens))
-        slots = self.allocator.alloc_extend(prefixes, ints(*lens), prefixes - 1)
-        if self.expect(slots, sum(-(-n // self.page_size) for n in lens)):
-            parts = np.split(slots, np.cumsum(lens)[:-1]) if lens else []
-            self.requests += [part.tolist() for part in parts if len(part)]
+        pages = self.granted(self.allocator.alloc_pages(count), count)
+        if pages is not None and count:
+            slots = pages[:, None] * self.page_size + np.arange(self.page_size)
+            self.requests.append(slots.flatten().tolist())
 
     @precondition(lambda self: self.requests)
-    @rule(new=st.integers(0, 40))
-    def extend_all(self, new: int) -> None:
-        prefixes = ints(*map(len, self.requests))
-        lasts = ints(*(slots[-1] for slots in self.requests))
-        need = sum(
-            -(-(len(s) + new) // self.page_size) - -(-len(s) // self.page_size)
-            for s in self.requests
-        )
-        slots = self.allocator.alloc_extend(prefixes, prefixes + np.int32(new), lasts)
-        if self.expect(slots, need):
-            for row, part in enumerate(np.split(slots, len(self.requests))):
-                self.requests[row] += part.tolist()
-
-    @precondition(lambda self: self.requests)
-    @rule()
-    def decode_all(self) -> None:
-        lens = ints(*(len(slots) + 1 for slots in self.requests))
-        lasts = ints(*(slots[-1] for slots in self.requests))
-        need = sum(len(s) % self.page_size == 0 for s in self.requests)
-        slots = self.allocator.alloc_decode(lens, lasts)
-        if self.expect(slots, need):
-            for owned, slot in zip(self.requests, slots.tolist(), strict=True):
-                owned.append(slot)
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data(), grouped=st.booleans())
-    def free_some(self, data, grouped: bool) -> None:
-        rows = data.draw(st.sets(st.integers(0, len(self.requests) - 1)))
-        gone = [self.requests[row] for row in rows]
-        self.requests = [s for row, s in enumerate(self.requests) if row not in rows]
-        if grouped:
-            self.allocator.free_group_begin()
-        for slots in gone:
-            self.allocator.free(ints(*data.draw(st.permutations(slots))))
-        if grouped:
-            self.allocator.free_group_end()
-
-    @precondition(lambda self: self.loose)
-    @rule(order=st.randoms(use_true_random=False))
-    def free_loose(self, order) -> None:
-        order.shuffle(self.loose)
-        self.allocator.free_pages(ints(*self.loose))
-        self.loose = []
+    @rule(data=st.data())
+    def free_pages(self, data) -> None:
+        row = data.draw(st.integers(0, len(self.requests) - 1))
+        pages = data.draw(st.permutations(sorted(self.pages(self.requests.pop(row)))))
+        self.allocator.free_pages(ints(*pages))
 
     @rule(data=st.data())
-    def free_wrongly(self, data) -> None:
-        taken = set(self.all_taken())
+    def free_pages_wrongly(self, data) -> None:
+        taken = set(self.taken)
         wrong = sorted({0, -1, self.num_pages + 1, *range(1, self.num_pages + 1)} - taken)
         pages = [data.draw(st.sampled_from(wrong)), *data.draw(st.permutations(sorted(taken)))]
         before = self.allocator.backup_state().data.free.tolist()
@@ -452,37 +379,6 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.allocator.free_pages(ints(*pages))
         assert self.allocator.backup_state().data.free.tolist() == before
 
-    @rule()
-    def backup(self) -> None:
-        requests = [list(slots) for slots in self.requests]
-        self.saved = (self.allocator.backup_state(), requests, list(self.loose))
 
-    @precondition(lambda self: self.saved)
-    @rule()
-    def restore(self) -> None:
-        state, requests, self.loose = self.saved
-        self.requests = [list(slots) for slots in requests]
-        self.loose = list(self.loose)
-        self.allocator.restore_state(state)
-
-    @rule()
-    def clear(self) -> None:
-        self.allocator.clear()
-        self.requests, self.loose = [], []
-
-    @invariant()
-    def nothing_lost_and_nothing_shared(self) -> None:
-        taken = self.all_taken()
-        free = self.allocator.backup_state().data.free.tolist()
-        assert sorted(taken + free) == list(range(1, self.num_pages + 1))
-        assert self.allocator.available_size() == len(free) * self.page_size
-
-    @invariant()
-    def tokens_of_a_page_lie_side_by_side(self) -> None:
-        for slots in self.requests:
-            for position, slot in enumerate(slots):
-                assert slot % self.page_size == position % self.page_size
-
-
-TestAllocatorMachine = AllocatorMachine.TestCase
+TestAllocatorMachine = PagedAllocatorMachine.TestCase
 TestAllocatorMachine.settings = settings(max_examples=60, stateful_step_count=40)
