@@ -49,20 +49,32 @@ class Chain:
         return {"WAIT": self.wait, "RELEASE": self.release, **self.options}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Features:
-    """One device.
+    """One device; equal to itself alone, so that choices for it are quickly found again.
 
     Attributes:
         arch: Architecture word; names a folder of ``configs``.
         device: The device's own name, for settings of that very device.
+        family: Word for architectures that share settings; also a folder of ``configs``.
         cores: Multiprocessors.
+        slices: Groups of cores that have a cache of their own; programs are dealt to them in
+            turn.
+        wave: Threads that run as one: a warp has so many.
         shared_bytes: Shared memory that one program can have.
+        shared_operands: Whether matrix units read operands from shared memory, and not from
+            registers.
+        narrow: Names of the torch dtypes of eight bits that it converts, for the cache.
         chain: Chained launches, if the device has them.
     """
 
     arch: str = ""
     device: str = ""
+    family: str = ""
     cores: int = 64
+    slices: int = 1
+    wave: int = 32
     shared_bytes: int = 64 << 10
+    shared_operands: bool = False
+    narrow: tuple[str, ...] = ()
     chain: Chain = field(default_factory=Chain)

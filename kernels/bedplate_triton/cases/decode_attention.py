@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bedplate.contract.attention import AttentionCallSpec
 from bedplate.reference.attention import attend, visible
-from bedplate_triton.cases import Case, Inputs
+from bedplate_triton.cases import NARROW, Case, Inputs
 from bedplate_triton.decode_attention import choose_splits, decode_attention
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ CALLS = {
 LARGE_POOL = 128 << 20
 """Bytes of the pools of a large case: more than any cache between them and a core."""
 
+_WIDE_POOL = 5 << 30
+"""The same on ``meta``: more than an offset of 32 bits reaches, as caches are in earnest."""
+
 _LENGTHS = (1, 70, 0, 129)
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -96,6 +99,8 @@ def paged_cache(
     sizes = [call.head_dim] if call.value_in_key else [call.head_dim, call.value_dim]
     page_bytes = page * call.num_kv_heads * len(sizes) * max(sizes) * dtype.itemsize
     counts = [-(-length // page) for length in lengths]
+    if least_bytes and device.type == "meta":
+        least_bytes = _WIDE_POOL
     pages = max(sum(counts) + 3, least_bytes // page_bytes)
     order = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(seed)).int() + 1
     table = torch.zeros((len(lengths) + 1, max(*lengths, 1)), dtype=torch.int32)
@@ -300,11 +305,15 @@ CASES = (
             strict=False,
         )
     ),
-    make_case(
-        "narrow cache with scales",
-        CALLS["four a key, 128"],
-        kv_dtype=torch.float8_e5m2,
-        scales={"k_scale": 0.5, "v_scale": 3.0},
+    *(
+        make_case(
+            f"narrow cache with scales{of}",
+            CALLS["four a key, 128"],
+            kv_dtype=kv_dtype,
+            scales={"k_scale": 0.5, "v_scale": 3.0},
+            converts=converts,
+        )
+        for of, kv_dtype, converts in NARROW
     ),
     *(
         _large(f"{batch} of {length}, {model}", MODELS[model], (length,) * batch, target)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bedplate.reference.attention import attend, visible
-from bedplate_triton.cases import Case, Inputs, decode_attention
+from bedplate_triton.cases import NARROW, Case, Inputs, decode_attention
 from bedplate_triton.cases.decode_attention import (
     LARGE_POOL,
     MODELS,
@@ -206,12 +206,16 @@ CASES = (
             strict=False,
         )
     ),
-    make_case(
-        "narrow cache with scales",
-        CALLS["four a key, 128"],
-        fresh=_FRESH["mixed"],
-        kv_dtype=torch.float8_e5m2,
-        options={"k_scale": 0.5, "v_scale": 3.0},
+    *(
+        make_case(
+            f"narrow cache with scales{of}",
+            CALLS["four a key, 128"],
+            fresh=_FRESH["mixed"],
+            kv_dtype=kv_dtype,
+            options={"k_scale": 0.5, "v_scale": 3.0},
+            converts=converts,
+        )
+        for of, kv_dtype, converts in NARROW
     ),
     make_case("invariant", CALLS["sinks and window"], options={"invariant": True}),
     *(
