@@ -107,20 +107,40 @@ def refusals() -> tuple[Decision, ...]:
 
 @lru_cache(maxsize=4096)
 def _chosen(op: str, features: Features, **key: Any) -> Mapping[str, Any]:
-    refused: list[Candidate] = []
-    for file in _files(op, features.arch, features.device, features.family):
-        sizes = file.choose(key)
-        reason = fit.refusal(op, sizes, key, features)
-        if not reason:
-            if refused:
-                _note(op, key, refused, file.folder)
-            return MappingProxyType(sizes)
-        refused.append(Candidate(name=file.folder, verdict="refused", reason=reason))
-    reasons = "; ".join(f"{each.name}: {each.reason}" for each in refused)
-    raise UnsupportedError(
-        f"no launch sizes of '{op}' fit this device ({reasons}); add rules to a file of "
-        f"configs/ for {_facts(key)}, or choose another implementation"
-    )
+    judged = [
+        (file, sizes, fit.refusal(op, sizes, key, features))
+        for file in _files(op, features.arch, features.device, features.family)
+        for sizes in (file.choose(key),)
+    ]
+    place = _first_that_fits(op, judged, key, features)
+    refused = [
+        Candidate(name=file.folder, verdict="refused", reason=reason)
+        for file, _sizes, reason in judged[:place]
+    ]
+    if place is None:
+        reasons = "; ".join(f"{each.name}: {each.reason}" for each in refused)
+        raise UnsupportedError(
+            f"no launch sizes of '{op}' fit this device ({reasons}); add rules to a file of "
+            f"configs/ for {_facts(key)}, or choose another implementation"
+        )
+    file, sizes, _reason = judged[place]
+    if refused:
+        _note(op, key, refused, file.folder)
+    return MappingProxyType(sizes)
+
+
+def _first_that_fits(
+    op: str,
+    judged: Sequence[tuple[ConfigFile, Mapping[str, Any], str]],
+    key: Mapping[str, Any],
+    features: Features,
+) -> int | None:
+    """Its place; where none surely fits, of the first that may; ``None`` if none can."""
+    for surely in (True, False):
+        for place, (_file, sizes, _reason) in enumerate(judged):
+            if not fit.refusal(op, sizes, key, features, surely=surely):
+                return place
+    return None
 
 
 def _note(op: str, key: Mapping[str, Any], refused: list[Candidate], folder: str) -> None:

@@ -2,8 +2,8 @@
 """Whether launch sizes fit a device, judged before anything is compiled.
 
 A compiler finds out at the first launch at the earliest, which may be the first request.
-The figures here are upper bounds of what compilers take; ``kernels/tests/test_fit.py`` holds
-them against every launch of every case.  Called by ``configs``.
+The upper figures here are no less than what compilers take: ``kernels/matrix`` holds them
+against every launch of every case.  Called by ``configs``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ MOST_THREADS = 1024
 """Of one program, on every device."""
 
 
-def refusal(op: str, sizes: Mapping[str, Any], key: Mapping[str, Any], features: Features) -> str:
+def refusal(
+    op: str,
+    sizes: Mapping[str, Any],
+    key: Mapping[str, Any],
+    features: Features,
+    *,
+    surely: bool = True,
+) -> str:
     """Why sizes do not fit; empty if they do.
 
     Args:
@@ -31,50 +38,68 @@ def refusal(op: str, sizes: Mapping[str, Any], key: Mapping[str, Any], features:
         sizes: Of its launch, as its file gives them.
         key: Facts of the use, as ``configs.choose`` got them.
         features: The device.
+        surely: Whether sizes that may just fit are refused too.
     """
     warps = max((value for name, value in sizes.items() if name.endswith("warps")), default=0)
     if warps * features.wave > MOST_THREADS:
         return f"{warps} warps of {features.wave} are more than {MOST_THREADS:,} threads"
-    wanted = shared_bytes(op, sizes, key, features)
+    least, most = shared_bytes(op, sizes, key, features)
+    wanted = most if surely else least
     if wanted > features.shared_bytes:
+        how = "up to" if least < most else "all of"
         have = f"{features.shared_bytes:,}"
-        return f"up to {wanted:,} bytes of shared memory are wanted, of which there are {have}"
+        return f"{how} {wanted:,} bytes of shared memory are wanted, of which there are {have}"
     return ""
 
 
 def shared_bytes(
     op: str, sizes: Mapping[str, Any], key: Mapping[str, Any], features: Features
-) -> int:
-    """Shared memory of one program, at most; 0 for operations that need next to none."""
+) -> tuple[int, int]:
+    """Shared memory of one program, at least and at most; 0 where it is next to none."""
     estimate = _ESTIMATES.get(op)
-    return 0 if estimate is None else int(estimate(sizes, key, features))
+    return (0, 0) if estimate is None else estimate(sizes, key, features)
 
 
-def _decode(sizes: Mapping[str, Any], key: Mapping[str, Any], features: Features) -> int:
+def _decode(
+    sizes: Mapping[str, Any], key: Mapping[str, Any], features: Features
+) -> tuple[int, int]:
     """Tiles of keys and values in flight; queries join them where there are many."""
-    if features.shared_operands and sizes["BLOCK_G"] >= _MANY_ROWS:
-        rows = {**sizes, "BLOCK_M": sizes["BLOCK_G"]}
-        return _extend(rows, {**key, "bytes": key["kv_bytes"]}, features)
-    return _tiles(sizes, key, sizes["num_stages"] - 1, key["kv_bytes"]) + _DECODE_SLACK
+    joined = features.shared_operands and sizes["BLOCK_G"] >= _MANY_ROWS
+    return _attention(sizes, key, sizes["BLOCK_G"], key["kv_bytes"], features, joined)
 
 
-def _extend(sizes: Mapping[str, Any], key: Mapping[str, Any], features: Features) -> int:
-    """The same and the tile of queries, which passes through before them or stays."""
-    queries = int(sizes["BLOCK_M"] * sum(column_blocks(key["head_dim"])) * key["bytes"])
-    stages = sizes["num_stages"]
-    if features.shared_operands:
-        return _tiles(sizes, key, stages, key["bytes"]) + queries + _EXTEND_SLACK
-    return max(_tiles(sizes, key, stages - 1, key["bytes"]), queries) + _EXTEND_SLACK
+def _extend(
+    sizes: Mapping[str, Any], key: Mapping[str, Any], features: Features
+) -> tuple[int, int]:
+    """The same, where there are always many."""
+    joined = features.shared_operands
+    return _attention(sizes, key, sizes["BLOCK_M"], key["bytes"], features, joined)
 
 
-def _tiles(sizes: Mapping[str, Any], key: Mapping[str, Any], stages: int, size: int) -> int:
-    return int(max(1, stages) * sizes["BLOCK_N"] * _width(key) * size)
+def _attention(
+    sizes: Mapping[str, Any],
+    key: Mapping[str, Any],
+    rows: int,
+    size: int,
+    features: Features,
+    joined: bool,
+) -> tuple[int, int]:
+    """Queries stay beside the tiles (``joined``), or pass through before there are any."""
+    main, tail = column_blocks(key["head_dim"])
+    queries = rows * (main + tail) * size
+    stages = max(1, sizes["num_stages"] - features.early_registers)
+    tiles = stages * sizes["BLOCK_N"] * _width(key) * size
+    least = int(tiles + queries if joined else max(tiles, queries))
+    return least, least + (_JOINED_SLACK if joined else _SLACK)
 
 
-def _multiply(sizes: Mapping[str, Any], key: Mapping[str, Any], features: Features) -> int:
+def _multiply(
+    sizes: Mapping[str, Any], key: Mapping[str, Any], features: Features
+) -> tuple[int, int]:
     """Tiles of both operands."""
     rows = sizes["BLOCK_M"] + sizes["BLOCK_N"]
-    return int(sizes["num_stages"] * rows * sizes["BLOCK_K"] * key["bytes"])
+    most = int(sizes["num_stages"] * rows * sizes["BLOCK_K"] * key["bytes"])
+    return most, most
 
 
 def _width(key: Mapping[str, Any]) -> int:
@@ -87,10 +112,10 @@ def _width(key: Mapping[str, Any]) -> int:
 
 _MANY_ROWS = 64
 """From so many on, matrix units that can read operands from shared memory do."""
-_DECODE_SLACK, _EXTEND_SLACK = 10 << 10, 3 << 10
+_SLACK, _JOINED_SLACK = 10 << 10, 3 << 10
 """Bytes for what passes between warps."""
 
-_ESTIMATES: Mapping[str, Callable[..., int]] = {
+_ESTIMATES: Mapping[str, Callable[..., tuple[int, int]]] = {
     "decode_attention": _decode,
     "extend_attention": _extend,
     "invariant": _multiply,

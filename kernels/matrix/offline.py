@@ -3,9 +3,9 @@
 
 Run in a process of its own, since a module imported for the interpreter cannot be compiled:
 ``python -m kernels.matrix.offline ARCH --module MODULE --code CODE`` executes ``CODE`` with
-the names of ``MODULE``, and ``python -m kernels.matrix.offline ARCH [--ops OP …]`` runs the
-cases of ``bedplate_triton.cases``; both on ``meta`` tensors.  Each distinct launch is compiled
-as it stands instead of run, and printed as one JSON object.
+the names of ``MODULE``, and ``python -m kernels.matrix.offline ARCH --cases MODULE …`` runs
+the cases of modules of ``bedplate_triton.cases``; both on ``meta`` tensors.  Each distinct
+launch is compiled as it stands instead of run, and printed as one JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from kernels.matrix.targets import Target, find
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Sequence
 
 
 _JUDGED = {
@@ -75,9 +75,7 @@ class _Compiler:
         self.case = ""
         self.estimates: dict[str, int] = {}
 
-    def launch(
-        self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any
-    ) -> None:
+    def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         compiled = self.run(kernel, *args, grid=grid, warmup=True, **options)
         if compiled.hash not in self.seen or not self.case:
             self.seen.add(compiled.hash)
@@ -96,7 +94,7 @@ class _Compiler:
 
         def watched(op: str, features: Any, **key: Any) -> Any:
             sizes = choose(op, features, **key)
-            self.estimates[op] = fit.shared_bytes(op, sizes, key, features)
+            _least, self.estimates[op] = fit.shared_bytes(op, sizes, key, features)
             return sizes
 
         configs.choose = watched
@@ -160,15 +158,14 @@ def _sum(pattern: str, text: str) -> int:
     return sum(map(int, re.findall(pattern, text)))
 
 
-def _run_cases(compiler: _Compiler, ops: Collection[str]) -> None:
+def _run_cases(compiler: _Compiler, modules: Sequence[str]) -> None:
     import torch
-
-    from bedplate_triton.cases import all_cases
 
     features = compiler.target.features()
     compiler.watch_choices()
-    for case in all_cases():
-        if (ops and case.op not in ops) or not case.runs_on(features):
+    found = [importlib.import_module(f"bedplate_triton.cases.{name}") for name in modules]
+    for case in (case for module in found for case in module.CASES):
+        if not case.runs_on(features):
             continue
         compiler.case = case.label
         try:
@@ -185,7 +182,7 @@ def _main() -> None:
     parser.add_argument("arch")
     parser.add_argument("--module", default="")
     parser.add_argument("--code", default="")
-    parser.add_argument("--ops", nargs="*", default=())
+    parser.add_argument("--cases", nargs="*", default=())
     given = parser.parse_args()
     target = use_offline_driver(given.arch)
     compiler = _Compiler(target, triton.runtime.JITFunction.run, bool(given.module))
@@ -194,7 +191,7 @@ def _main() -> None:
         if given.module:
             exec(given.code, vars(importlib.import_module(given.module)))
         else:
-            _run_cases(compiler, given.ops)
+            _run_cases(compiler, given.cases)
 
 
 if __name__ == "__main__":

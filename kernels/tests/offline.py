@@ -16,9 +16,9 @@ def compile_launches(module: str, code: str, arch: str = "sm_90") -> list[dict]:
     return _offline(arch, "--module", module, "--code", code)
 
 
-def compile_cases(arch: str, ops: list[str]) -> list[dict]:
-    """Facts of every distinct launch of the cases of some operations."""
-    return _offline(arch, "--ops", *ops) if ops else []
+def compile_cases(arch: str, modules: list[str]) -> list[dict]:
+    """Facts of every distinct launch of some modules of ``bedplate_triton.cases``."""
+    return _offline(arch, "--cases", *modules) if modules else []
 
 
 def _offline(*arguments: str) -> list[dict]:

@@ -22,6 +22,7 @@ class Architecture:
         family: Folder of launch sizes that it shares with its relatives.
         wave: Threads of a wavefront.
         lds_bytes: Local memory ("LDS") that one program can have.
+        direct_copies: Whether a compiler may copy from memory to LDS past the registers.
         slices: Dies with a cache of their own ("XCD"), in the largest product.
         fp8: Encoding of eight-bit floats that it converts in hardware: ``fnuz`` has no
             negative zero and no infinity, ``ocp`` is that of other vendors; empty if it
@@ -32,6 +33,7 @@ class Architecture:
     family: Literal["cdna", "rdna"]
     wave: Literal[32, 64]
     lds_bytes: int = 64 << 10
+    direct_copies: bool = False
     slices: int = 1
     fp8: Literal["", "fnuz", "ocp"] = ""
     products: str = ""
@@ -52,8 +54,8 @@ ARCHITECTURES = {
     "gfx90a": Architecture(family="cdna", wave=64, products="Instinct MI200"),
     "gfx942": Architecture(family="cdna", wave=64, slices=8, fp8="fnuz",
                            products="Instinct MI300"),
-    "gfx950": Architecture(family="cdna", wave=64, lds_bytes=160 << 10, slices=8, fp8="ocp",
-                           products="Instinct MI350"),
+    "gfx950": Architecture(family="cdna", wave=64, lds_bytes=160 << 10, direct_copies=True,
+                           slices=8, fp8="ocp", products="Instinct MI350"),
     "gfx1100": Architecture(family="rdna", wave=32, products="Radeon RX 7900, PRO W7900"),
     "gfx1201": Architecture(family="rdna", wave=32, fp8="ocp",
                             products="Radeon RX 9070, AI PRO R9700"),

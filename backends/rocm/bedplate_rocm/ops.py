@@ -39,6 +39,7 @@ def features_of(arch: str, *, device: str = "", cores: int = 64) -> Features:
         slices=found.slices,
         wave=found.wave,
         shared_bytes=found.lds_bytes,
+        early_registers=not found.direct_copies,
         narrow=found.narrow,
     )
 

@@ -21,9 +21,12 @@ from bedplate_triton.cases import NARROW, Case, Inputs, decode_attention
 from bedplate_triton.cases.decode_attention import (
     LARGE_POOL,
     MODELS,
+    PAGES,
+    around,
     call_options,
     draw,
     paged_cache,
+    paged_call,
     stored,
 )
 from bedplate_triton.extend_attention import extend_attention
@@ -216,6 +219,17 @@ CASES = (
             converts=converts,
         )
         for of, kv_dtype, converts in NARROW
+    ),
+    *(
+        make_case(
+            f"pages of {page}, {group} a key",
+            paged_call(group),
+            lengths=around(page),
+            fresh=tuple(min(length, 2 + i * 9) for i, length in enumerate(around(page))),
+            dtype=dtype,
+            page=page,
+        )
+        for page, group, dtype in PAGES
     ),
     make_case("invariant", CALLS["sinks and window"], options={"invariant": True}),
     *(

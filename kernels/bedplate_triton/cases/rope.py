@@ -178,6 +178,7 @@ CASES = (
         for of, dtype, converts in NARROW
     ),
     _case("heads in float32", dtype=torch.float32, table_dtype=torch.float32),
+    _case("heads in float16", dtype=torch.float16, table_dtype=torch.float16),
     *(_case(f"norm, {order}", order=order) for order in RMS_NORM_ORDERS),
     _case("norm, some columns turn", order="weight_fp32", size=40, turned=12, write=False),
     _case("norm, pairs turn", order="weight_after_cast", style="interleaved"),
