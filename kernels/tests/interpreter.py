@@ -3,9 +3,9 @@
 
 As it stands it multiplies bit patterns in ``tl.dot``, gives NaN for arithmetic and truncates
 where it should round (triton-lang/triton#11584, #11585); with numpy from 2.4 on triton 3.6
-cannot run loops whose bound is a tensor (#9171); before 3.8 it does not know the eight-bit
-floats without negative zero ("fnuz").  ``install`` mends that for tests; ``test_interpreter.py``
-checks that it does, so that an upgrade cannot break it in silence.
+cannot run loops whose bound is a tensor (#9171); before 3.8 it does not know the floats of
+eight bits without a negative zero ("fnuz").  ``install`` mends that for tests;
+``test_interpreter.py`` checks that it does, so that an upgrade cannot break it in silence.
 """
 
 from __future__ import annotations
