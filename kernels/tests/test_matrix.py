@@ -16,7 +16,7 @@ from kernels.matrix import sources
 from kernels.matrix.budget import problems
 from kernels.matrix.golden import Golden
 from kernels.matrix.targets import TARGETS
-from kernels.tests.offline import compile_cases, compile_launches
+from kernels.tests.offline import compile_cases, compile_launches, run_offline
 
 from bedplate_triton.cases import case_modules
 
@@ -51,6 +51,28 @@ def test_what_is_kept_is_whole_and_within_its_budget(version):
         for problem in problems(arch, facts)
     ]
     assert found == []
+
+
+CHOOSE = """
+import json, torch, triton
+from kernels.matrix.targets import TARGETS
+from bedplate_triton import configs
+from bedplate_triton.cases import all_cases
+
+triton.runtime.JITFunction.run = lambda *_arguments, **_options: None
+devices = [target.features() for target in TARGETS.values()]
+for case in all_cases():
+    inputs = case.make(torch.device("meta"), 0)
+    for features in devices:
+        if case.runs_on(features):
+            case.run(inputs, features)
+print(json.dumps([str(refused) for refused in configs.refusals()]))
+"""
+
+
+def test_sizes_of_an_architecture_fit_it():
+    """For every case of every architecture; nothing is compiled."""
+    assert run_offline("-c", CHOOSE) == [[]]
 
 
 FINE = {
