@@ -2,16 +2,18 @@
 """Launch sizes of kernels, read from the JSON files beside this module; nothing is tuned here.
 
 A file ``configs/ARCH/OP.json`` holds defaults and rules for one operation on one architecture.
-The folder is found by the most specific name: ``ARCH@DEVICE``, ``ARCH``, then ``default``; its
-files count as a whole, so a rule of another folder never mixes in.  ``benchmarks.tune`` writes
-them, with where and when they were measured.
+The folder is found by the most specific name: ``ARCH@DEVICE``, ``ARCH``, ``FAMILY``, then
+``default``; its files count as a whole, so a rule of another folder never mixes in.  Sizes that
+would not fit the device are refused, and those of the next folder taken; ``refusals`` has the
+record.  ``benchmarks.tune`` writes the files, with where and when they were measured.
 """
 
 from __future__ import annotations
 
-__all__ = ["ConfigFile", "choose", "find", "override"]
+__all__ = ["ConfigFile", "choose", "find", "override", "refusals"]
 
 import json
+import logging
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from importlib import resources
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bedplate.errors import ContractError
+from bedplate.contract.decisions import Candidate, Decision
+from bedplate.errors import ContractError, UnsupportedError
+from bedplate_triton import fit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +33,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
+_log = logging.getLogger(__name__)
 _overrides: dict[str, dict[str, Any]] = {}
+_refusals: list[Decision] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,33 +92,101 @@ def choose(op: str, features: Features, **key: Any) -> Mapping[str, Any]:
         features: The device.
         key: Facts that rules ask for: constants of the model and classes of sizes, never a
             length.
+
+    Raises:
+        UnsupportedError: No folder has sizes that fit the device.
     """
-    chosen = _chosen(op, features.arch, features.device, **key)
+    chosen = _chosen(op, features, **key)
     return {**chosen, **_overrides[op]} if op in _overrides else chosen
 
 
+def refusals() -> tuple[Decision, ...]:
+    """Every choice so far in which some sizes did not fit, in order."""
+    return tuple(_refusals)
+
+
 @lru_cache(maxsize=4096)
-def _chosen(op: str, arch: str, device: str, **key: Any) -> Mapping[str, Any]:
-    return MappingProxyType(find(op, arch, device).choose(key))
+def _chosen(op: str, features: Features, **key: Any) -> Mapping[str, Any]:
+    judged = [
+        (file, sizes, fit.refusal(op, sizes, key, features))
+        for file in _files(op, features.arch, features.device, features.family)
+        for sizes in (file.choose(key),)
+    ]
+    place = _first_that_fits(op, judged, key, features)
+    refused = [
+        Candidate(name=file.folder, verdict="refused", reason=reason)
+        for file, _sizes, reason in judged[:place]
+    ]
+    if place is None:
+        reasons = "; ".join(f"{each.name}: {each.reason}" for each in refused)
+        raise UnsupportedError(
+            f"no launch sizes of '{op}' fit this device ({reasons}); add rules to a file of "
+            f"configs/ for {_facts(key)}, or choose another implementation"
+        )
+    file, sizes, _reason = judged[place]
+    if refused:
+        _note(op, key, refused, file.folder)
+    return MappingProxyType(sizes)
 
 
-@lru_cache(maxsize=256)
-def find(op: str, arch: str, device: str = "") -> ConfigFile:
-    """The file that decides.
+def _first_that_fits(
+    op: str,
+    judged: Sequence[tuple[ConfigFile, Mapping[str, Any], str]],
+    key: Mapping[str, Any],
+    features: Features,
+) -> int | None:
+    """Its place; where none surely fits, of the first that may; ``None`` if none can."""
+    for surely in (True, False):
+        for place, (_file, sizes, _reason) in enumerate(judged):
+            if not fit.refusal(op, sizes, key, features, surely=surely):
+                return place
+    return None
+
+
+def _note(op: str, key: Mapping[str, Any], refused: list[Candidate], folder: str) -> None:
+    taken = Candidate(name=folder, verdict="chosen", reason="the next that fits")
+    detail = {name: str(value) for name, value in key.items()}
+    decision = Decision(
+        point=f"sizes.{op}", chosen=folder, candidates=(*refused, taken), detail=detail
+    )
+    if decision not in _refusals:
+        _refusals.append(decision)
+    _log.warning(
+        "launch sizes of %s in configs/%s are not used for %s: %s; those of %s are",
+        op, refused[0].name, _facts(key), refused[0].reason, folder,
+    )  # fmt: skip
+
+
+def _facts(key: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in key.items())
+
+
+def find(op: str, arch: str, device: str = "", family: str = "") -> ConfigFile:
+    """The file that is asked first.
 
     Raises:
         ContractError: There is none, not even a default, or it is malformed.
     """
-    names = [f"{arch}@{_word(device)}", arch, "default"]
+    return _files(op, arch, device, family)[0]
+
+
+@lru_cache(maxsize=256)
+def _files(op: str, arch: str, device: str, family: str) -> tuple[ConfigFile, ...]:
+    """The files of an operation for a device, most specific first."""
+    names = [f"{arch}@{_word(device)}", arch, family, "default"]
     root = resources.files("bedplate_triton") / "configs"
-    for name in names:
-        path = root / name / f"{op}.json"
-        if name and path.is_file():
-            return _read(name, op, path.read_text(encoding="utf-8"))
-    raise ContractError(
-        f"no configuration for '{op}': looked in {', '.join(filter(None, names))}; every "
-        "operation needs a file in configs/default"
+    paths = {name: root / name / f"{op}.json" for name in names if name}
+    found = tuple(
+        _read(name, op, path.read_text(encoding="utf-8"))
+        for name, path in paths.items()
+        if path.is_file()
     )
+    if not found:
+        raise ContractError(
+            f"no configuration for '{op}': looked in {', '.join(paths)}; every operation needs "
+            "a file in configs/default"
+        )
+    return found
 
 
 def _read(folder: str, op: str, text: str) -> ConfigFile:

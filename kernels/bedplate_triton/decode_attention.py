@@ -16,9 +16,8 @@ S splits, R rows and C columns of the table of slots.
 
 from __future__ import annotations
 
-__all__ = ["choose_splits", "column_blocks", "decode_attention", "load_slots"]
+__all__ = ["choose_splits", "decode_attention", "load_slots"]
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -26,7 +25,7 @@ import triton.language as tl
 
 from bedplate.errors import ContractError, UnsupportedError
 from bedplate_triton import configs
-from bedplate_triton.sizes import cdiv, power_of_two
+from bedplate_triton.sizes import cdiv, column_blocks, power_of_two
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,17 +39,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 _MAX_KEY, _MAX_VALUE = 576, 512
 _MERGES = ("kernel", "last")
-
-
-@lru_cache(maxsize=64)
-def column_blocks(head_dim: int) -> tuple[int, int]:
-    """Powers of two that cover D: the main part, and the tail (0 if there is none).
-
-    80 is 64 + 16 and 576 is 512 + 64, which wastes less than 128 and 1,024.
-    """
-    whole = max(16, power_of_two(head_dim))
-    tail = max(16, power_of_two(max(1, head_dim - whole // 2)))
-    return (whole // 2, tail) if whole >= 32 and tail < whole // 2 else (whole, 0)
 
 
 def choose_splits(

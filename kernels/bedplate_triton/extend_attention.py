@@ -25,8 +25,8 @@ from torch import Tensor
 
 from bedplate.contract.decisions import Support
 from bedplate_triton import configs
-from bedplate_triton.decode_attention import LOG2E, column_blocks, load_slots
-from bedplate_triton.sizes import cdiv, power_of_two
+from bedplate_triton.decode_attention import LOG2E, load_slots
+from bedplate_triton.sizes import cdiv, column_blocks, power_of_two
 
 if TYPE_CHECKING:
     from bedplate_triton.features import Features

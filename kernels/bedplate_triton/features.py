@@ -8,14 +8,14 @@ receive them as constants, so one source compiles everywhere.
 
 from __future__ import annotations
 
-__all__ = ["Chain", "Features", "nothing"]
+__all__ = ["Chain", "Features", "neighbour", "nothing"]
 
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import triton
-import triton.language as tl  # noqa: F401 - the interpreter wants to see it here
+import triton.language as tl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 @triton.jit
 def nothing():
     """What a kernel calls where the device has no such feature."""
+
+
+@triton.jit
+def neighbour(program, programs, SLICES: tl.constexpr):  # noqa: N803 - a constant
+    """The place of a program where neighbours are to run on one slice of the device.
+
+    Programs are dealt to slices in turn, so those of one slice are ``SLICES`` apart.  Spare
+    ones at the end stay where they are.
+    """
+    if SLICES > 1:
+        share = programs // SLICES
+        moved = program % SLICES * share + program // SLICES
+        program = tl.where(program < share * SLICES, moved, program)
+    return program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,20 +63,35 @@ class Chain:
         return {"WAIT": self.wait, "RELEASE": self.release, **self.options}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Features:
-    """One device.
+    """One device; equal to itself alone, so that choices for it are quickly found again.
 
     Attributes:
         arch: Architecture word; names a folder of ``configs``.
         device: The device's own name, for settings of that very device.
+        family: Word for architectures that share settings; also a folder of ``configs``.
         cores: Multiprocessors.
+        slices: Groups of cores that have a cache of their own; programs are dealt to them in
+            turn.
+        wave: Threads that run as one: a warp has so many.
         shared_bytes: Shared memory that one program can have.
+        shared_operands: Whether matrix units read operands from shared memory, and not from
+            registers.
+        early_registers: Whether the first stage of a pipeline ends in registers, so that one
+            of n stages holds n − 1 tiles in shared memory.
+        narrow: Names of the torch dtypes of eight bits that it converts, for the cache.
         chain: Chained launches, if the device has them.
     """
 
     arch: str = ""
     device: str = ""
+    family: str = ""
     cores: int = 64
+    slices: int = 1
+    wave: int = 32
     shared_bytes: int = 64 << 10
+    shared_operands: bool = False
+    early_registers: bool = False
+    narrow: tuple[str, ...] = ()
     chain: Chain = field(default_factory=Chain)

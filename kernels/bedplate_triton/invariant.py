@@ -21,6 +21,7 @@ import triton.language as tl
 
 from bedplate.errors import ContractError
 from bedplate_triton import configs
+from bedplate_triton.features import neighbour
 from bedplate_triton.gated import act_and_mul
 from bedplate_triton.norm import add_norm
 from bedplate_triton.sizes import cdiv
@@ -79,7 +80,7 @@ def invariant_linear(
     blocks = cdiv(count, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     _multiply[(blocks,)](
         rows, weight, bias, out, count, n, rows.stride(0), weight.stride(0),
-        E=size, GROUP=_GROUP, EVEN=size % config["BLOCK_K"] == 0,
+        E=size, GROUP=_GROUP, SLICES=features.slices, EVEN=size % config["BLOCK_K"] == 0,
         **config, **features.chain.arguments(),
     )  # fmt: skip
     return out
@@ -107,12 +108,13 @@ def invariant_norm_linear(
 @triton.jit(do_not_specialize=["M", "x_row"])
 def _multiply(
     x, weight, bias, out, M, N, x_row, w_row,
-    E: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr, RELEASE: tl.constexpr,
+    E: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
     """One block of outputs; blocks of a few rows run side by side."""
     RELEASE()
-    program = tl.program_id(0)
+    program = neighbour(tl.program_id(0), tl.num_programs(0), SLICES)
     across, down = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     first = program // (GROUP * across) * GROUP
     height = tl.minimum(down - first, GROUP)

@@ -3,7 +3,8 @@
 
 As it stands it multiplies bit patterns in ``tl.dot``, gives NaN for arithmetic and truncates
 where it should round (triton-lang/triton#11584, #11585); with numpy from 2.4 on triton 3.6
-cannot run loops whose bound is a tensor (#9171).  ``install`` mends that for tests;
+cannot run loops whose bound is a tensor (#9171); before 3.8 it does not know the floats of
+eight bits without a negative zero ("fnuz").  ``install`` mends that for tests;
 ``test_interpreter.py`` checks that it does, so that an upgrade cannot break it in silence.
 """
 
@@ -27,7 +28,7 @@ def install() -> None:
     import triton.runtime.interpreter as interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    patch_tensor = interpreter._patch_lang_tensor
+    patch_tensor, patch_core = interpreter._patch_lang_tensor, interpreter._patch_lang_core
     dot, binary, cast = builder.create_dot, builder.binary_op, builder.cast_impl
 
     def is_narrow(operand):
@@ -42,6 +43,13 @@ def install() -> None:
         patch_tensor(tensor, scope)
         index = lambda self: int(np.asarray(self.handle.data).item())  # noqa: E731
         scope.set_attr(tensor, "__index__", index)
+
+    def patched_core(lang, scope):
+        patch_core(lang, scope)
+        to_ir = lang.dtype.to_ir
+        fnuz = (tl.float8e4b8, tl.float8e5b16)
+        known = lambda self, builder: self if self in fnuz else to_ir(self, builder)  # noqa: E731
+        scope.set_attr(lang.dtype, "to_ir", known)
 
     def patched_dot(self, a, b, d, *rest):
         if not (is_narrow(a) or is_narrow(b)):
@@ -66,5 +74,6 @@ def install() -> None:
         return cast(self, source, target)
 
     interpreter._patch_lang_tensor = patched_tensor
+    interpreter._patch_lang_core = patched_core
     builder.create_dot, builder.binary_op = patched_dot, patched_binary
     builder.cast_impl = patched_cast

@@ -50,7 +50,7 @@ def test_launches_run_again_afterwards(compiled):
 
 SHARED = """
 import json, triton
-from kernels.tests.offline import use_offline_driver
+from kernels.matrix.offline import use_offline_driver
 
 use_offline_driver("sm_90")
 import torch

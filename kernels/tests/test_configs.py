@@ -52,7 +52,7 @@ def test_every_file_is_whole(name):
 def folders(tmp_path, monkeypatch):
     """Write ``{folder: default}`` for the operation ``op`` and use them alone."""
     monkeypatch.setattr(configs.resources, "files", lambda _package: tmp_path)
-    find.cache_clear()
+    configs._files.cache_clear()
     configs._chosen.cache_clear()
 
     def write(**made):
@@ -64,7 +64,7 @@ def folders(tmp_path, monkeypatch):
         return tmp_path / "configs"
 
     yield write
-    find.cache_clear()
+    configs._files.cache_clear()
     configs._chosen.cache_clear()
 
 

@@ -16,8 +16,9 @@ from bedplate.errors import ContractError, UnsupportedError
 from bedplate_triton import configs
 from bedplate_triton.cases import relative_error
 from bedplate_triton.cases.decode_attention import CALLS, make_case
-from bedplate_triton.decode_attention import choose_splits, column_blocks
+from bedplate_triton.decode_attention import choose_splits
 from bedplate_triton.features import Features
+from bedplate_triton.sizes import column_blocks
 
 FEATURES = Features(cores=4)
 SMALL = {"BLOCK_N": 16, "tokens_a_split": 16, "merge_rows": 2, "merge_columns": 16}
@@ -148,6 +149,7 @@ def test_refuses_an_unknown_merge(device, configured):
 LAUNCHES = """
 import torch
 from bedplate_triton.features import Features
+from bedplate_triton.sizes import column_blocks
 
 def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +12,7 @@ import triton.language as tl
 @triton.jit
 def _cast(x, out, n: tl.constexpr):
     lanes = tl.arange(0, n)
-    tl.store(out + lanes, tl.load(x + lanes).to(tl.bfloat16))
+    tl.store(out + lanes, tl.load(x + lanes).to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -40,6 +41,17 @@ def test_casts_round_to_nearest(device):
     out = torch.empty(128, dtype=torch.bfloat16, device=device)
     _cast[(1,)](x, out, 128)
     torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3fn"])
+def test_every_float_of_eight_bits_is_read_as_torch_reads_it(name, device):
+    if device.type != "cpu":
+        pytest.skip(f"missing capability: not every device converts {name}")
+    every = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name))
+    finite = every.float().isfinite()
+    out = torch.empty(256)
+    _cast[(1,)](every, out, 256)
+    assert torch.equal(out[finite], every.float()[finite])
 
 
 def test_arithmetic(device):

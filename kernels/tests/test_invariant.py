@@ -36,6 +36,16 @@ def test_bits_do_not_depend_on_other_rows(dtype, device):
         assert torch.equal(sums, total[rows])
 
 
+@pytest.mark.parametrize("slices", [2, 3, 8])
+def test_bits_do_not_depend_on_where_programs_run(slices, device):
+    x, weight = (
+        draw(150, 64, dtype=torch.bfloat16, device=device),
+        draw(200, 64, dtype=torch.bfloat16, device=device),
+    )
+    dealt = invariant_linear(x, weight, features=Features(cores=4, slices=slices))
+    assert torch.equal(dealt, invariant_linear(x, weight, features=FEATURES))
+
+
 def test_no_rows(device):
     x = torch.empty(0, 32, device=device)
     assert invariant_linear(x, torch.ones(8, 32, device=device), features=FEATURES).shape == (

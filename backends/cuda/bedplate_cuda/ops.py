@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.language.extra import cuda as extra
 
+from bedplate_cuda.runtime import NARROW
 from bedplate_triton import ops
 from bedplate_triton.features import Chain, Features
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _CHAINED_FROM = 90
 """Compute capability, as in the architecture word."""
+_FED_BY_SHARED = (9, 10)
+"""Major compute capabilities whose matrix units read operands from shared memory."""
 
 
 @triton.jit
@@ -71,6 +74,8 @@ def _features(index: int) -> Features:
             device=properties.name,
             cores=properties.multi_processor_count,
             shared_bytes=int(getattr(properties, "shared_memory_per_block_optin", 48 << 10)),
+            shared_operands=properties.major in _FED_BY_SHARED,
+            narrow=NARROW[: 2 if (properties.major, properties.minor) >= (8, 9) else 1],
         )
     )
 

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One CUDA device as a DeviceRuntime, and what it can do.
 
-Everything generic is torch's own and inherited; here is taking the device and refusing it.
+Everything generic is inherited; here is taking the device and refusing it.
 """
 
 from __future__ import annotations
 
 __all__ = ["NARROW", "CudaRuntime", "capabilities"]
-
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,12 +18,8 @@ from bedplate.contract import (
     MemoryCapabilities,
 )
 from bedplate.errors import BackendUnavailableError, ConfigError
-from bedplate.reference.runtime import TorchRuntime
 from bedplate_cuda import driver
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from contextlib import AbstractContextManager
+from bedplate_triton.runtime import TritonRuntime
 
 _OLDEST = (8, 0)
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -34,7 +27,7 @@ NARROW = ("float8_e5m2", "float8_e4m3fn")
 """Torch dtypes of eight bits for the cache; the second from compute capability 8.9 on."""
 
 
-class CudaRuntime(TorchRuntime):
+class CudaRuntime(TritonRuntime):
     """The device ``request.device_index``, current in the thread that made the runtime.
 
     Raises:
@@ -56,41 +49,7 @@ class CudaRuntime(TorchRuntime):
             )
         device = torch.device("cuda", request.device_index)
         self.capability = _take(device)
-        super().__init__(device, pinned=True)
-        self.init_cublas()
-
-    def synchronize(self) -> None:
-        """Wait for this device, whichever is current in the calling thread."""
-        torch.cuda.synchronize(self.device)
-
-    @contextmanager
-    def inference_guard(self) -> Iterator[None]:
-        """No autograd, and our device current: which one that is differs between threads."""
-        with torch.cuda.device(self.device), torch.no_grad():
-            yield
-
-    def init_cublas(self) -> None:
-        """Make the handle and workspace of matrix products, which no capture may do."""
-        square = torch.ones((16, 16), dtype=torch.float16, device=self.device)
-        torch.mm(square, square)
-
-    def rehearsal(self) -> AbstractContextManager[object]:
-        """Launches of Triton's kernels compile them, by copies of the process."""
-        from bedplate_triton.ahead import compile_ahead
-
-        return compile_ahead()
-
-    def ready(self) -> None:
-        """From now on a compile is noted and logged; see ``bedplate_triton.tripwire``."""
-        from bedplate_triton.tripwire import tripwire
-
-        tripwire.arm()
-
-    def shutdown(self) -> None:
-        """Give cached memory back; a device that has failed cannot, and need not."""
-        with suppress(RuntimeError):
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+        super().__init__(device)
 
 
 def capabilities(runtime: DeviceRuntime) -> BackendCapabilities:

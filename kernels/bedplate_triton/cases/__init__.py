@@ -10,25 +10,35 @@ Each module here has ``CASES``; ``all_cases`` finds them.
 
 from __future__ import annotations
 
-__all__ = ["Case", "Inputs", "all_cases", "case_modules", "relative_error"]
+__all__ = ["NARROW", "Case", "Inputs", "all_cases", "case_modules", "relative_error"]
 
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
+
 from bedplate.reference.closeness import relative_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from torch import Tensor
 
     from bedplate_triton.features import Features
 
 Inputs: TypeAlias = dict[str, Any]
 """Arguments of a case, by name."""
+
+NARROW = (
+    ("", torch.float8_e5m2, ""),
+    *(
+        (f", {name}", getattr(torch, name), name)
+        for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    ),
+)
+"""Caches of eight bits: what is special, dtype, and what the device must convert for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +58,7 @@ class Case:
         flops: Arithmetic operations, for large cases.
         target: Share of the ceiling that is aimed at, for large cases that are measured.
         launch: What is timed, where ``run`` does more than launch the kernel.
+        converts: Name of a torch dtype that the device must convert, for it to be asked.
     """
 
     op: str
@@ -61,6 +72,11 @@ class Case:
     flops: int = 0
     target: float = 0.0
     launch: Callable[[Inputs, Features], object] | None = None
+    converts: str = ""
+
+    def runs_on(self, features: Features) -> bool:
+        """Whether a device has what the case is about."""
+        return not self.converts or self.converts in features.narrow
 
     @property
     def timed(self) -> Callable[[Inputs, Features], object]:

@@ -11,10 +11,13 @@ __all__ = [
     "CASES",
     "LARGE_POOL",
     "MODELS",
+    "PAGES",
+    "around",
     "call_options",
     "draw",
     "make_case",
     "paged_cache",
+    "paged_call",
     "stored",
 ]
 
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from bedplate.contract.attention import AttentionCallSpec
 from bedplate.reference.attention import attend, visible
-from bedplate_triton.cases import Case, Inputs
+from bedplate_triton.cases import NARROW, Case, Inputs
 from bedplate_triton.decode_attention import choose_splits, decode_attention
 
 if TYPE_CHECKING:
@@ -67,6 +70,19 @@ CALLS = {
 LARGE_POOL = 128 << 20
 """Bytes of the pools of a large case: more than any cache between them and a core."""
 
+_WIDE_POOL = 5 << 30
+"""The same on ``meta``: more than an offset of 32 bits reaches, as caches are in earnest."""
+
+PAGES = (
+    (1, 3, torch.bfloat16),
+    (1, 8, torch.float16),
+    (16, 7, torch.float16),
+    (16, 1, torch.bfloat16),
+    (64, 4, torch.float32),
+    (64, 5, torch.bfloat16),
+)
+"""Tokens of a page, query heads a key head, dtype: every sort of each with another."""
+
 _LENGTHS = (1, 70, 0, 129)
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -96,6 +112,8 @@ def paged_cache(
     sizes = [call.head_dim] if call.value_in_key else [call.head_dim, call.value_dim]
     page_bytes = page * call.num_kv_heads * len(sizes) * max(sizes) * dtype.itemsize
     counts = [-(-length // page) for length in lengths]
+    if least_bytes and device.type == "meta":
+        least_bytes = _WIDE_POOL
     pages = max(sum(counts) + 3, least_bytes // page_bytes)
     order = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(seed)).int() + 1
     table = torch.zeros((len(lengths) + 1, max(*lengths, 1)), dtype=torch.int32)
@@ -267,6 +285,16 @@ def _large(name: str, call: AttentionCallSpec, lengths: tuple[int, ...], target:
     )
 
 
+def paged_call(group: int) -> AttentionCallSpec:
+    """Two key heads of 32 columns."""
+    return replace(_PLAIN, num_heads=2 * group, head_dim=32, value_dim=32, scale=0.2)
+
+
+def around(page: int) -> tuple[int, ...]:
+    """Lengths that end before, at and behind the end of a page, and none at all."""
+    return (page - 1, page, page + 1, 0, 2 * page + 1)
+
+
 MODELS = {
     "32/8/128": replace(
         _PLAIN, num_heads=32, num_kv_heads=8, head_dim=128, value_dim=128, scale=128**-0.5
@@ -300,11 +328,25 @@ CASES = (
             strict=False,
         )
     ),
-    make_case(
-        "narrow cache with scales",
-        CALLS["four a key, 128"],
-        kv_dtype=torch.float8_e5m2,
-        scales={"k_scale": 0.5, "v_scale": 3.0},
+    *(
+        make_case(
+            f"narrow cache with scales{of}",
+            CALLS["four a key, 128"],
+            kv_dtype=kv_dtype,
+            scales={"k_scale": 0.5, "v_scale": 3.0},
+            converts=converts,
+        )
+        for of, kv_dtype, converts in NARROW
+    ),
+    *(
+        make_case(
+            f"pages of {page}, {group} a key",
+            paged_call(group),
+            dtype=dtype,
+            page=page,
+            lengths=around(page),
+        )
+        for page, group, dtype in PAGES
     ),
     *(
         _large(f"{batch} of {length}, {model}", MODELS[model], (length,) * batch, target)

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from bedplate.reference.attention import attend, visible
-from bedplate_triton.cases import Case, Inputs, decode_attention
+from bedplate_triton.cases import NARROW, Case, Inputs, decode_attention
 from bedplate_triton.cases.decode_attention import (
     LARGE_POOL,
     MODELS,
+    PAGES,
+    around,
     call_options,
     draw,
     paged_cache,
+    paged_call,
     stored,
 )
 from bedplate_triton.extend_attention import extend_attention
@@ -206,12 +209,27 @@ CASES = (
             strict=False,
         )
     ),
-    make_case(
-        "narrow cache with scales",
-        CALLS["four a key, 128"],
-        fresh=_FRESH["mixed"],
-        kv_dtype=torch.float8_e5m2,
-        options={"k_scale": 0.5, "v_scale": 3.0},
+    *(
+        make_case(
+            f"narrow cache with scales{of}",
+            CALLS["four a key, 128"],
+            fresh=_FRESH["mixed"],
+            kv_dtype=kv_dtype,
+            options={"k_scale": 0.5, "v_scale": 3.0},
+            converts=converts,
+        )
+        for of, kv_dtype, converts in NARROW
+    ),
+    *(
+        make_case(
+            f"pages of {page}, {group} a key",
+            paged_call(group),
+            lengths=around(page),
+            fresh=tuple(min(length, 2 + i * 9) for i, length in enumerate(around(page))),
+            dtype=dtype,
+            page=page,
+        )
+        for page, group, dtype in PAGES
     ),
     make_case("invariant", CALLS["sinks and window"], options={"invariant": True}),
     make_case(

@@ -81,6 +81,7 @@ CASES = (
     _case("two leading dimensions", shape=(2, 3, 16), act="gelu_tanh"),
     _case("several programs a row", shape=(5, 1100), act="relu2"),
     _case("float32", shape=(3, 80), act="gelu_tanh", dtype=torch.float32),
+    _case("float16", shape=(3, 80), act="silu", dtype=torch.float16),
     *(
         _large(tokens, size, "silu")
         for tokens in (1, 8, 256, 4096)

@@ -80,6 +80,7 @@ CASES = (
     _small("several blocks, a bias", 5e-3, rows=70, n=130, size=192, bias=True),
     _small("rows that lie apart", 5e-3, rows=3, n=64, size=128, gap=16),
     _small("float32", 1e-5, rows=9, n=33, size=72, dtype=torch.float32),
+    _small("float16", 2e-3, rows=9, n=33, size=72, dtype=torch.float16),
     _large(1, 6144, 4096),
     _large(32, 24576, 4096),
     _large(1024, 6144, 4096),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from bedplate_triton.features import Features
 
-_TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
+_TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3, torch.float32: 1e-5}
 """Where the order of a sum decides a last bit."""
 
 _LAYERS = {
@@ -150,6 +150,14 @@ CASES = (
     _case("five rows", rows=(5,), n=37, size=72, bias=True),
     _case("seventeen rows that lie apart", rows=(17,), n=70, size=272, padding=32),
     _case("five rows of float32", rows=(5,), n=37, size=72, dtype=torch.float32),
+    *(
+        _case(f"{rows} rows of float16", rows=(rows,), n=37, size=72, dtype=torch.float16)
+        for rows in (2, 5)
+    ),
+    *(
+        _case(f"norm in {name}", rows=(2,), n=6, size=72, order="weight_fp32", dtype=dtype)
+        for name, dtype in (("float32", torch.float32), ("float16", torch.float16))
+    ),
     _case("rounds before the weight", rows=(2,), n=6, size=1104, order="weight_after_cast"),
     _case("one more than the weight", rows=(1,), n=9, size=72, order="one_plus_weight_fp32"),
     _case("weight in float32", rows=(3,), n=6, size=72, order="weight_fp32", padding=8),

@@ -60,9 +60,17 @@ def _make_parts(device: torch.device, seed: int, *, splits: int, **facts: Any) -
     return inputs | {"x": product}
 
 
-def _make_heads(device: torch.device, seed: int, *, tokens: int, order: str) -> Inputs:
+def _make_heads(
+    device: torch.device,
+    seed: int,
+    *,
+    tokens: int,
+    order: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Inputs:
     """Heads of keys as they lie in a packed projection."""
-    inputs = _make(device, seed, shape=(tokens, 10 * 48), order=order, residual=False)
+    shape = (tokens, 10 * 48)
+    inputs = _make(device, seed, shape=shape, order=order, residual=False, dtype=dtype)
     heads = inputs["x"][:, 4 * 48 : 9 * 48].unflatten(-1, (5, 48))
     weight = None if order == "no_weight" else inputs["weight"][:48]
     return {"x": heads, "weight": weight, "eps": 1e-6, "order": order}
@@ -141,7 +149,14 @@ CASES = (
     _case("layer norm", shape=(3, 300), order="layer_norm", affine="weight, bias"),
     _case("layer norm without a bias", shape=(9, 48), order="layer_norm"),
     _case("layer norm alone", shape=(1, 96), order="layer_norm", residual=False, affine=""),
-    _case("float32", shape=(3, 96), order="weight_fp32", dtype=torch.float32),
+    *(
+        case
+        for name, dtype in (("float32", torch.float32), ("float16", torch.float16))
+        for case in (
+            _case(name, shape=(3, 96), order="weight_fp32", dtype=dtype),
+            _heads_case(f"heads in {name}", tokens=5, order="weight_after_cast", dtype=dtype),
+        )
+    ),
     *(_large(tokens, size) for tokens in (1, 8, 256, 4096) for size in (1024, 4096)),
     _large(4096, 4096, "layer_norm"),
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from bedplate.reference import rope as reference
 from bedplate.reference.ops import RMS_NORM_ORDERS
 from bedplate.reference.rope import HeadNorm, RopeTable
-from bedplate_triton.cases import Case, Inputs
+from bedplate_triton.cases import NARROW, Case, Inputs
 from bedplate_triton.rope import qk_norm_rope_write
 
 if TYPE_CHECKING:
@@ -124,7 +124,9 @@ def _reference(inputs: Inputs) -> tuple[Tensor, ...]:
     return _changed(inputs)
 
 
-def _case(name: str, *, tolerance: float | None = None, **facts: Any) -> Case:
+def _case(
+    name: str, *, tolerance: float | None = None, converts: str = "", **facts: Any
+) -> Case:
     if tolerance is None:  # without a sum there is nothing but rounding, step by step
         tolerance = _ROUNDING if facts.get("order") else 0.0
     return Case(
@@ -135,6 +137,7 @@ def _case(name: str, *, tolerance: float | None = None, **facts: Any) -> Case:
         launch=_launch,
         reference=_reference,
         tolerance=tolerance,
+        converts=converts,
     )
 
 
@@ -170,8 +173,12 @@ CASES = (
     _case("values of another size", size=24, value_size=40),
     _case("nothing turns: a write", turned=0),
     _case("pool of another dtype", pool_dtype=torch.float16),
-    _case("pool of 8 bits", pool_dtype=torch.float8_e5m2, tolerance=3e-2),
+    *(
+        _case(f"pool of 8 bits{of}", pool_dtype=dtype, tolerance=3e-2, converts=converts)
+        for of, dtype, converts in NARROW
+    ),
     _case("heads in float32", dtype=torch.float32, table_dtype=torch.float32),
+    _case("heads in float16", dtype=torch.float16, table_dtype=torch.float16),
     *(_case(f"norm, {order}", order=order) for order in RMS_NORM_ORDERS),
     _case("norm, some columns turn", order="weight_fp32", size=40, turned=12, write=False),
     _case("norm, pairs turn", order="weight_after_cast", style="interleaved"),

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recorded decode: the device primitives below the core's GraphRunner.
+
+Graphs of HIP are strict about what other threads do: a query of an event anywhere ends a
+capture in the mode ``global``.  So captures see their own thread only, and every kernel, pool
+and handle is made by the eager runs on the same stream that precede them.
+"""
+
+from __future__ import annotations
+
+__all__ = ["HipGraphRunner"]
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bedplate.graph.runner import GraphRunner
+from bedplate_rocm import settings
+from bedplate_rocm.runtime import HipRuntime
+from bedplate_triton import configs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+
+    from bedplate.batch.logits import LogitsOutput
+    from bedplate.contract import GraphRunnerRequest
+    from bedplate.graph.keys import ShapeKey
+
+
+class HipGraphRunner(GraphRunner):
+    """One HIP graph per bucket and hidden mode, all from one memory pool."""
+
+    def __init__(self, request: GraphRunnerRequest) -> None:
+        super().__init__(request)
+        self._stream = torch.cuda.Stream(request.runtime.device)  # type: ignore[no-untyped-call]
+        self._recorded = 0
+        if isinstance(request.runtime, HipRuntime):
+            for decision in settings.decisions(request.runtime.environment):
+                request.record(decision)
+
+    def capture(self, first: Collection[int] | None = None) -> None:
+        """As the core does; then note which launch sizes did not fit the device."""
+        super().capture(first)
+        refused = configs.refusals()
+        for decision in refused[self._recorded :]:
+            self.request.record(decision)
+        self._recorded = len(refused)
+
+    def create_graph(self, key: ShapeKey) -> torch.cuda.CUDAGraph:
+        """An empty graph."""
+        return torch.cuda.CUDAGraph()
+
+    def capture_graph(
+        self, graph: torch.cuda.CUDAGraph, run: Callable[[], LogitsOutput]
+    ) -> LogitsOutput:
+        """Record on the side stream; other threads may go on using the device meanwhile."""
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            return run()
+
+    def replay_graph(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Launch on the current stream."""
+        graph.replay()
+
+    def pool_handle(self) -> Any:
+        """The pool of every graph of the device."""
+        return torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def capture_stream(self) -> Iterator[None]:
+        """The side stream, ordered after and before the current one: warm-ups run there too."""
+        home = torch.cuda.current_stream(self.request.runtime.device)
+        self._stream.wait_stream(home)
+        with torch.cuda.stream(self._stream):
+            yield
+        home.wait_stream(self._stream)

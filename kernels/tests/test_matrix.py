@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every launch of every case compiled for every architecture, within what the device has.
+
+What lies in ``kernels/matrix/golden`` was compiled from the sources as they are; only what has
+changed since is compiled here, in the default run for one architecture of each vendor.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import triton
+from kernels.matrix import golden as goldens
+from kernels.matrix import sources
+from kernels.matrix.budget import problems
+from kernels.matrix.golden import Golden
+from kernels.matrix.targets import TARGETS
+from kernels.tests.offline import compile_cases, compile_launches, run_offline
+
+from bedplate_triton.cases import case_modules
+
+MODULES = case_modules()
+KEPT = goldens.load(triton.__version__)
+FIRST = ("sm_90", "gfx942")
+ARCHS = [pytest.param(a, marks=[] if a in FIRST else pytest.mark.slow) for a in TARGETS]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_has_changed_is_within_its_budget(arch):
+    made = copy.deepcopy(KEPT)
+    stale = made.stale(arch, MODULES)
+    for name in stale:
+        made.put(arch, name, compile_cases(arch, [name]))
+    found = [
+        p for name in stale for facts in made.facts(arch, name) for p in problems(arch, facts)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
+def test_what_is_kept_is_whole_and_within_its_budget(version):
+    kept = goldens.load(version)
+    assert kept.rows.keys() == TARGETS.keys()
+    assert all(rows.keys() == set(MODULES) for rows in kept.rows.values())
+    found = [
+        problem
+        for arch, rows in kept.rows.items()
+        for name in rows
+        for facts in kept.facts(arch, name)
+        for problem in problems(arch, facts)
+    ]
+    assert found == []
+
+
+CHOOSE = """
+import json, torch, triton
+from kernels.matrix.targets import TARGETS
+from bedplate_triton import configs
+from bedplate_triton.cases import all_cases
+
+triton.runtime.JITFunction.run = lambda *_arguments, **_options: None
+devices = [target.features() for target in TARGETS.values()]
+for case in all_cases():
+    inputs = case.make(torch.device("meta"), 0)
+    for features in devices:
+        if case.runs_on(features):
+            case.run(inputs, features)
+print(json.dumps([str(refused) for refused in configs.refusals()]))
+"""
+
+
+def test_sizes_of_an_architecture_fit_it():
+    """For every case of every architecture; nothing is compiled."""
+    assert run_offline("-c", CHOOSE) == [[]]
+
+
+FINE = {
+    "kernel": "_split_kernel", "case": "decode_attention: plain", "narrow": True, "warps": 4,
+    "shared": 16384, "registers": 120, "stack": 0, "occupancy": 4, "estimate": 20000,
+    "matrix": ["v_mfma_f32_16x16x16_bf16"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "problem"),
+    [
+        ("gfx942", {}, ""),
+        ("gfx942", {"shared": 66560, "estimate": None}, "66,560 bytes shared of 65,536"),
+        ("gfx950", {"shared": 66560, "estimate": None}, ""),
+        ("gfx942", {"warps": 32}, "32 warps of 64 threads"),
+        ("gfx1100", {"warps": 32}, ""),
+        ("gfx942", {"stack": 4}, "4 bytes spilled, allowed are 0"),
+        ("gfx942", {"kernel": "_extend_kernel", "stack": 512}, ""),
+        ("gfx942", {"kernel": "_extend_kernel", "stack": 516}, "allowed are 512"),
+        ("gfx1100", {"case": "decode_attention: x, latent 128 of 576", "stack": 2048}, ""),
+        ("gfx942", {"case": "decode_attention: latent 128 of 576", "stack": 2048}, "allowed"),
+        ("gfx942", {"occupancy": 0}, "not one program fits"),
+        ("gfx942", {"matrix": []}, "no matrix instruction"),
+        ("gfx942", {"matrix": [], "narrow": False}, ""),
+        ("gfx942", {"matrix": [], "kernel": "_merge_kernel"}, ""),
+        ("gfx942", {"estimate": 16000}, "validator reckons with 16,000"),
+        ("sm_90", {"kernel": "_extend_kernel", "case": "extend_attention: prompt of 4096",
+                   "matrix": ["mma"]}, "wgmma expected"),
+        ("sm_90", {"kernel": "_extend_kernel", "case": "extend_attention: prompt of 4096",
+                   "matrix": ["wgmma"]}, ""),
+    ],
+)  # fmt: skip
+def test_budgets(arch, change, problem):
+    found = list(problems(arch, FINE | change))
+    assert len(found) == bool(problem)
+    assert all(problem in each and arch in each for each in found)
+
+
+@pytest.mark.parametrize(
+    ("arch", "use", "warps"),
+    [
+        ("sm_90", {"registers": 128, "shared": 0, "warps": 4}, 4),
+        ("sm_90", {"registers": 32, "shared": 0, "warps": 4}, 16),
+        ("sm_90", {"registers": 32, "shared": 200 << 10, "warps": 8}, 2),
+        ("gfx942", {"registers": 120, "shared": 16384, "warps": 4}, 4),
+        ("gfx942", {"registers": 260, "shared": 0, "warps": 4}, 1),
+        ("gfx942", {"registers": 32, "shared": 33 << 10, "warps": 4}, 1),
+        ("gfx942", {"registers": 32, "shared": 65 << 10, "warps": 4}, 0),
+        ("gfx1100", {"registers": 240, "shared": 16384, "warps": 4}, 6),
+    ],
+)
+def test_occupancy(arch, use, warps):
+    assert TARGETS[arch].occupancy(**use) == warps
+
+
+@pytest.mark.parametrize(
+    ("arch", "assembly", "found"),
+    [
+        ("sm_90", "wgmma.mma_async.sync.aligned.m64n8k16 x;", ["wgmma"]),
+        ("sm_80", "mma.sync.aligned.m16n8k16.row.col x;", ["mma"]),
+        ("sm_100", "tcgen05.mma.cta_group::1.kind::f16 x;", ["tcgen05"]),
+        (
+            "gfx942",
+            "v_mfma_f32_16x16x32_fp8_fp8 v[0:3]\nv_add v0",
+            ["v_mfma_f32_16x16x32_fp8_fp8"],
+        ),
+        ("gfx1201", "v_wmma_f32_16x16x16_bf16 v[0:7]", ["v_wmma_f32_16x16x16_bf16"]),
+        ("gfx942", "v_dot2_f32_bf16 v0", []),
+    ],
+)
+def test_instructions_for_products_are_seen(arch, assembly, found):
+    assert TARGETS[arch].instructions(assembly) == found
+
+
+FIGURES = (
+    "warps 4, shared 16384, registers 120, stack 0, occupancy 4, "
+    "matrix ['v_mfma_f32_16x16x16_bf16'], narrow True, estimate 20000"
+)
+
+
+def test_a_change_can_be_read():
+    before, after = Golden(triton="3"), Golden(triton="3")
+    gone = FINE | {"kernel": "_merge_kernel"}
+    come = FINE | {"case": "decode_attention: new"}
+    before.put("gfx942", "decode_attention", [FINE, gone])
+    after.put("gfx942", "decode_attention", [FINE | {"shared": 32768, "stack": 8}, come])
+    assert list(goldens.differences(before, after)) == [
+        "- gfx942: _merge_kernel of decode_attention: plain",
+        "+ gfx942: _split_kernel of decode_attention: new: " + FIGURES,
+        "! gfx942: _split_kernel of decode_attention: plain: shared 16384 → 32768, stack 0 → 8",
+    ]
+
+
+def test_a_file_comes_back_as_it_was_and_its_table_has_the_worst(tmp_path, monkeypatch):
+    monkeypatch.setattr(goldens, "_FOLDER", tmp_path)
+    kept = goldens.load("3")
+    assert kept == Golden(triton="3")
+    worse = FINE | {"registers": 200, "occupancy": 2}
+    kept.put("gfx942", "decode_attention", [FINE, worse])
+    goldens.save(kept)
+    back = goldens.load("3")
+    assert back == kept
+    assert [facts["registers"] for facts in back.facts("gfx942", "decode_attention")] == [
+        120,
+        200,
+    ]
+    assert back.stale("gfx942", ["decode_attention", "rope"]) == ["rope"]
+    assert "| `_split_kernel` | – | – | – | – | – | 16,384 · 200 · 0 · 2 |" in goldens.table(
+        back
+    )
+
+
+def names(arch, module):
+    """Files that a hash is made of."""
+    seen = []
+    digest = sources.hashlib.sha256
+
+    class Spy:
+        def __init__(self):
+            self.real = digest()
+
+        def update(self, data):
+            seen.append(data)
+
+        def hexdigest(self):
+            return "0" * 64
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources.hashlib, "sha256", Spy)
+        sources.source_hash(arch, module)
+    return {data.decode() for data in seen[::2]}
+
+
+def test_a_hash_is_of_all_that_a_launch_is_compiled_from_and_of_no_more():
+    found = names("gfx942", "decode_attention")
+    package = "kernels/bedplate_triton/"
+    assert {package + name for name in (
+        "cases/decode_attention.py", "decode_attention.py", "features.py", "sizes.py",
+        "configs/cdna/decode_attention.json", "configs/default/decode_attention.json",
+    )} <= found  # fmt: skip
+    assert "backends/rocm/bedplate_rocm/architectures.py" in found
+    assert not {name for name in found if "linear" in name or "sm_90" in name or "rdna" in name}
+    assert package + "configs/sm_90/decode_attention.json" in names("sm_90", "decode_attention")
+
+
+WRITE = (
+    "from bedplate_triton.features import Features\n"
+    "def write(slots):\n"
+    "    def rows(count):\n"
+    "        return torch.empty(count, 8, 128, dtype=torch.bfloat16, device='meta')\n"
+    "    pools, new = [rows(slots), rows(slots)], [rows(64), rows(64)]\n"
+    "    where = torch.empty(64, dtype=torch.int32, device='meta')\n"
+    "    write_kv(*new, where, *pools, features=Features())\n"
+    "import torch\n"
+    "write(1 << 10)\n"
+    "write(3 << 20)\n"
+)
+
+
+def test_a_pool_above_two_gib_is_compiled_as_such():
+    """An offset of 32 bits does not reach all of it; what a small one compiles to would."""
+    small, wide = compile_launches("bedplate_triton.kv_write", WRITE, arch="gfx942")
+    assert "buffer_store" in small["assembly"]
+    assert "buffer_store" not in wide["assembly"]
+    assert "global_store" in wide["assembly"]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("slices", [8])
+def test_programs_of_a_key_head_share_a_slice(kv_heads, slices):
+    """Grids of attention: key heads vary fastest, and programs are dealt to slices in turn."""
+    requests, tiles = 5, 3
+    for first in (kv_heads, tiles * kv_heads):  # decode, and several new tokens
+        used = {head: set() for head in range(kv_heads)}
+        for program in range(first * requests):
+            used[program % first % kv_heads].add(program % slices)
+        assert all(len(places) <= max(1, slices // kv_heads) for places in used.values())
