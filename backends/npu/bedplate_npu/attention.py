@@ -160,7 +160,7 @@ class FusedInferAttention(AttentionBackend):
         step = self._current()
         keys, values = self._pool.pages(call.cache_id)
         out = ops.fused_infer_attention(
-            q.reshape(q.shape[0], 1, -1), keys, values, layout="BSH",
+            q.contiguous().view(q.shape[0], 1, -1), keys, values, layout="BSH",
             kv_lens=step.kv_lens, block_table=step.table,
             mask=None if call.window is None else step.hidden[call.window],
             **_numbers(call),

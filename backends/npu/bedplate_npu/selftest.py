@@ -95,7 +95,7 @@ class SideBySide:
         for call in self.calls:
             q, k, v, sinks = self.draw(call, sum(counts))
             got = self.attend(self.attention, call, device, (q, k, v, sinks))
-            want = self.attend(self._reference, call, host, (q, k, v, sinks))
+            want = self.attend_reference(call, host, (q, k, v, sinks))
             worst = max(worst, _difference(got, want))
         return worst
 
@@ -128,13 +128,19 @@ class SideBySide:
         batch: ForwardBatch,
         inputs: Sequence[Tensor | None],
     ) -> Tensor:
-        """``[T, H, Dv]`` of one side."""
+        """``[T, H, Dv]`` of one side, with inputs in its dtype."""
         place = batch.input_ids.device
         dtype = torch.float32 if attention is self._reference else self._dtype
         moved = [None if x is None else x.to(dtype).to(place) for x in inputs]
         q, k, v, sinks = moved
         assert q is not None
         return attention.forward(q, k, v, call, batch, sinks=sinks)
+
+    def attend_reference(
+        self, call: AttentionCallSpec, batch: ForwardBatch, inputs: Sequence[Tensor | None]
+    ) -> Tensor:
+        """``[T, H, Dv]`` float32 on the host."""
+        return self.attend(self._reference, call, batch, inputs)
 
     def _build(
         self,

@@ -16,6 +16,7 @@ from __future__ import annotations
 __all__ = ["install", "state"]
 
 import sys
+import threading
 import types
 from contextlib import contextmanager
 from copy import deepcopy
@@ -30,6 +31,8 @@ from backends.npu.tests.simulated.schemas import define
 
 _HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "masked_select")
 _MOVES = ("copy_", "_to_copy")
+PATIENCE_S = 0.3
+"""A replay waits so long for an update, which another thread may be making."""
 
 
 class State:
@@ -84,6 +87,18 @@ class NpuTensor(torch.Tensor):
             copied._is_param = True
         return copied
 
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, new):
+        torch.Tensor.data.__set__(self, new)
+        self.raw = new.raw
+
+    def untyped_storage(self):
+        return self.raw.untyped_storage()
+
     def data_ptr(self):
         return self.raw.data_ptr()
 
@@ -130,6 +145,8 @@ def run(func, args, kwargs):
 
 def execute(func, args, kwargs):
     body = BODIES.get(func.overloadpacket.__name__) if func.namespace == "npu" else None
+    if func is torch.ops.aten.histc.default and not args[0].is_floating_point():
+        return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)  # the host's lacks it
     if body is None:
         return func(*args, **kwargs)
     given = dict(kwargs)
@@ -159,7 +176,7 @@ class Record:
         self.kwargs = {
             k: v if isinstance(v, torch.Tensor) else deepcopy(v) for k, v in kwargs.items()
         }
-        self.ready = False
+        self.ready = threading.Event()
 
 
 class NPUGraph:
@@ -206,19 +223,19 @@ class NPUGraph:
             )
         for record, new in zip(records, cpu_update_input):
             record.kwargs.update({k: v for k, v in new.items() if k in record.kwargs})
-            record.ready = True
+            record.ready.set()
 
     def replay(self):
-        state.launched += 1
-        self._last = state.launched
         for func, args, kwargs, results, record, _inputs in self._steps:
             if record is not None:
-                if not record.ready:
+                if not record.ready.wait(PATIENCE_S):
                     raise RuntimeError("dead-lock: the graph waits for an update")
-                record.ready = False
+                record.ready.clear()
             for old, new in zip(results, tensors_of(execute(func, args, kwargs))):
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+        state.launched += 1
+        self._last = state.launched
 
     def reset(self):
         self._steps.clear()
