@@ -271,6 +271,20 @@ def topk(a):
     indices.copy_(got.indices)
 
 
+def clamp(a):
+    low, high = (x if a.op.args[i].is_obj else None for i, x in ((1, a[1]), (2, a[2])))
+    a.tensors()[-1].copy_(a[0].clamp(low, high))
+
+
+def index_copy(a):
+    a[0].index_copy_(a[1], a[2].long(), a[3])
+
+
+def nan_to_num(a):
+    """self, then three floats in registers, out; whatever they are, the input has to be finite."""
+    a.tensors()[-1].copy_(torch.nan_to_num(a[0], *(float(x) for x in a.op.floats[:3])))
+
+
 def pad(a):
     a.tensors()[-1].copy_(torch.nn.functional.pad(a[0], a[1], value=first_scalar(a)))
 
@@ -334,6 +348,8 @@ BODIES = {
     "aclnnGemmaRmsNorm": norm(bodies.gemma_rms_norm),
     "aclnnAddRmsNorm": norm(bodies.add_rms_norm),
     "aclnnRotaryPositionEmbedding": rotary,
+    "aclnnRotaryPositionEmbeddingV2": rotary,
+    "aclnnTopkV2": topk,
     "aclnnSwiGlu": into(lambda a, x: bodies.swiglu(x, a[1])),
     "aclnnInplaceCopy": in_place(lambda a, target, source: source),
     "aclnnCast": into(lambda a, x: x),
@@ -356,6 +372,11 @@ BODIES = {
     "aclnnGather": into(lambda a, x, at: x.gather(a[1], at.long())),
     "aclnnIndex": index,
     "aclnnIndexPutImpl": index_put,
+    "aclnnInplaceIndexCopy": index_copy,
+    "aclnnClamp": clamp,
+    "aclnnRepeatInterleaveIntWithDim": into(lambda a, x: x.repeat_interleave(a[1], a[2])),
+    "aclnnEqual": into(lambda a, x, y: torch.tensor([torch.equal(x, y)])),
+    "aclnnNanToNum": nan_to_num,
     "aclnnCat": cat,
     "aclnnArange": arange,
     "aclnnTriu": into(lambda a, x: x.triu(a[1])),
