@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from bedplate.contract import Candidate, Decision
 from bedplate.errors import CaptureError, ConfigError, ReplayError
@@ -102,6 +103,7 @@ class NpuGraphRunner(GraphRunner):
                 output = run()
             _check_records(graph, self._fused.update_keys)
         except Exception as error:
+            _leave_dispatch(graph)
             if any(sign in str(error) for sign in _NO_STREAM):
                 self._no_more = "the device has no stream left"
             with suppress(RuntimeError):
@@ -172,6 +174,16 @@ def _check_records(graph: Any, keys: tuple[str, ...]) -> None:
     for record, key in zip(records, keys, strict=True):
         if key not in record.kwargs:
             raise CaptureError(f"a recorded call has no {key}, so it could not be updated")
+
+
+def _leave_dispatch(graph: Any) -> None:
+    """Take off the dispatch mode that the library leaves in place when ending a capture fails.
+
+    Every later call of attention would be recorded into the graph that was given up.
+    """
+    mode = graph.graph_dispatch_mode
+    if any(active is mode for active in _get_current_dispatch_mode_stack()):
+        mode.__exit__(None, None, None)
 
 
 def _worker(runtime: NpuRuntime) -> ThreadPoolExecutor:

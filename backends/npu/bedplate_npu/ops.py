@@ -113,12 +113,15 @@ def fused_infer_attention(
     Raises:
         ContractError: A documented constraint is not kept; all faults are listed.
     """
-    faults = [
-        *_tensor_faults(query, key, value, layout, num_heads, num_kv_heads),
-        *_length_faults(query, key, layout, q_lens, kv_lens, block_table),
-        *_mask_faults(query, layout, mask, sparse_mode, window, block_table),
-        *_size_faults(query, value, layout, num_heads, num_kv_heads, query_rope, key_rope),
-    ]
+    faults = list(_tensor_faults(query, key, value, layout, num_heads, num_kv_heads))
+    if not faults:  # the others compute with what these have checked
+        faults = [
+            *_length_faults(query, key, layout, q_lens, kv_lens, block_table),
+            *_mask_faults(query, layout, mask, sparse_mode, window, block_table),
+            *_size_faults(
+                query, value, layout, num_heads, num_kv_heads, query_rope, key_rope
+            ),
+        ]
     if faults:
         raise ContractError(
             f"fused-infer attention ({layout}) would fail or answer wrongly: "

@@ -178,12 +178,6 @@ def swapped_layout(patch):
     altered(layout=lambda layout: "BSND" if layout == "BSH" else layout)(patch)
 
 
-def empty_padding(patch):
-    patch.setattr(FusedInferAttention, "_lengths", lambda self, batch: [
-        0 if length == 1 else length for length in batch.seq_lens_cpu.tolist()
-    ])  # fmt: skip
-
-
 MISTAKES = {
     "no update": replaced(NpuGraphRunner, "update_host_parameters", lambda _: lambda *_: None),
     "stale lengths": replaced(FusedInferAttention, "update_inputs", stale_lengths),

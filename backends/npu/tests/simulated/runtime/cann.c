@@ -287,9 +287,9 @@ static int step_any(Stream *first) {
         for (int i = 0; i < n; i++) if (step(all[i])) return 1;
         return 0;
     }
-    if (first && step(first)) return 1;
-    for (Stream *s = streams; s; s = s->next) if (step(s)) return 1;
-    return 0;
+    // Whoever is not waited for runs ahead as far as it can: the worst order for us.
+    for (Stream *s = streams; s; s = s->next) if (s != first && step(s)) return 1;
+    return first ? step(first) : 0;
 }
 static void *work(void *unused) {
     (void)unused;
@@ -620,6 +620,7 @@ aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode mode) {
 }
 aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI *made) {
     Graph *graph = ((Stream *)stream)->capture;
+    if (!graph) return fail(RT_CAPTURE_BROKEN, "nothing is captured");
     int left = graph->streams;
     for (Stream *s = streams; s; s = s->next) if (s->capture == graph) s->capture = NULL;
     captures--;
@@ -645,6 +646,7 @@ aclError aclmdlRICaptureThreadExchangeMode(aclmdlRICaptureMode *mode) {
 }
 aclError aclmdlRICaptureTaskGrpBegin(aclrtStream stream) {
     Stream *s = stream;
+    if (!s->capture) return fail(RT_CAPTURE_ILLEGAL, "a task group without a capture");
     s->open = calloc(1, sizeof(Group));
     *s->open = (Group){.graph = s->capture, .first = s->capture->tasks.count};
     return 0;

@@ -377,6 +377,7 @@ BODIES = {
     "aclnnRepeatInterleaveIntWithDim": into(lambda a, x: x.repeat_interleave(a[1], a[2])),
     "aclnnEqual": into(lambda a, x, y: torch.tensor([torch.equal(x, y)])),
     "aclnnNanToNum": nan_to_num,
+    "aclnnStack": into(lambda a: torch.stack(a[0], a[1])),
     "aclnnCat": cat,
     "aclnnArange": arange,
     "aclnnTriu": into(lambda a, x: x.triu(a[1])),
