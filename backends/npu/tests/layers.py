@@ -135,7 +135,7 @@ def run(
         environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-         f"--junitxml={report}", *tests],
+         f"--junitxml={report}", "-o", "junit_family=xunit1", *tests],
         cwd=ROOT, env=environment | variables, check=False, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

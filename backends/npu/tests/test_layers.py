@@ -18,7 +18,7 @@ SCHEDULES = [
     (schedule, queue) for queue in "01" for schedule in ("eager", "lazy", "random", "thread")
     if (schedule, queue) != ("eager", "1")  # its thread would wait for the interpreter's lock
 ]  # fmt: skip
-QUICK = "engine and llama or graph or race or update or capture or refresh"
+QUICK = "engine and llama and generates or graph or race or update or capture or limits"
 """Tests of the suite that the default run has on the simulated runtime."""
 
 
@@ -96,7 +96,7 @@ def simulated(wheel, runtime, tmp_path, tests, note="", **variables):
 def test_simulated_runtime(wheel, runtime, tmp_path):
     """Layer D in its nastiest order and the queue that is the default of torch_npu."""
     tests = ["-m", "npu_silicon", "-k", QUICK, SUITE, "backends/npu/tests/limits"]
-    succeeded(simulated(wheel, runtime, tmp_path, tests), 25)
+    succeeded(simulated(wheel, runtime, tmp_path, tests), 20)
 
 
 @needs_wheel

@@ -36,7 +36,7 @@ typedef struct Obj {
     struct Obj *next_free;
 } Obj;
 
-enum { ARENA_OBJECTS = 1 << 16 };
+enum { ARENA_OBJECTS = 1 << 20 };
 static Obj *arena;
 static Obj *free_objects;
 static size_t used_objects;
@@ -46,10 +46,11 @@ static Obj *new_obj(int kind) {
     pthread_mutex_lock(&arena_lock);
     if (!arena)
         arena = mmap(NULL, ARENA_OBJECTS * sizeof(Obj), PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     Obj *o = free_objects;
     if (o) free_objects = o->next_free;
-    else o = &arena[used_objects++];
+    else if (used_objects < ARENA_OBJECTS) o = &arena[used_objects++];
+    else { fprintf(stderr, "simulated runtime: no room for operands\n"); abort(); }
     pthread_mutex_unlock(&arena_lock);
     memset(o, 0, sizeof *o);
     o->kind = kind;
@@ -151,6 +152,11 @@ typedef struct Op {  // one call of an operator, its arguments copied; bodies.py
     float floats[8];
     Arg args[MOST_ARGUMENTS];
 } Op;
+
+static void free_op(Op *op) {
+    for (int64_t i = 0; i < op->count; i++) free_obj(op->args[i].obj);
+    free(op);
+}
 
 enum { OP, COPY, SET, RECORD, WAIT, VALUE_WRITE, VALUE_WAIT, LAUNCH, UPDATE, HOST };
 typedef struct Task {
@@ -256,8 +262,11 @@ static int perform(Task *t) {
             }
             return 1;
         case UPDATE:
-            for (size_t i = 0; i < t->fresh_count; i++)
-                t->group->graph->tasks.items[t->group->first + i].op = t->fresh[i].op;
+            for (size_t i = 0; i < t->fresh_count; i++) {
+                Task *old = &t->group->graph->tasks.items[t->group->first + i];
+                free_op(old->op);
+                old->op = t->fresh[i].op;
+            }
             free(t->fresh);
             return 1;
         case HOST: t->call(t->argument); return 1;
@@ -271,6 +280,7 @@ static int step(Stream *s) {
     int done = perform(&task);
     s->busy = 0;
     if (!done) { s->queue.items[s->head].at = task.at; return 0; }
+    if (task.kind == OP) free_op(task.op);  // recorded ones stay with their graph
     if (++s->head == s->queue.count) s->head = s->queue.count = 0;
     pthread_cond_broadcast(&moved);
     return 1;
