@@ -86,8 +86,8 @@ static size_t value_bytes(const Obj *o) {
 static Obj *copy_obj(const Obj *from) {
     Obj *o = new_obj(from->kind);
     *o = *from;
-    if (value_bytes(from)) {
-        o->data = malloc(value_bytes(from));
+    if (from->kind != TENSOR && from->data) {
+        o->data = malloc(value_bytes(from) + 1);
         memcpy(o->data, from->data, value_bytes(from));
     }
     if (from->items) {
