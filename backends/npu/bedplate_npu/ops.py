@@ -118,9 +118,7 @@ def fused_infer_attention(
         faults = [
             *_length_faults(query, key, layout, q_lens, kv_lens, block_table),
             *_mask_faults(query, layout, mask, sparse_mode, window, block_table),
-            *_size_faults(
-                query, value, layout, num_heads, num_kv_heads, query_rope, key_rope
-            ),
+            *_size_faults(query, value, layout, num_heads, num_kv_heads, query_rope, key_rope),
         ]
     if faults:
         raise ContractError(

@@ -112,7 +112,13 @@ def simulated_site(target: Path) -> Path:
 
 
 def run(
-    layer: str, note: str, tests: list[str], report: Path, *, paths: list[Path], **variables: str
+    layer: str,
+    note: str,
+    tests: list[str],
+    report: Path,
+    *,
+    paths: list[Path],
+    **variables: str,
 ) -> Outcome:
     """Run tests in a process of their own; a layer that breaks off counts as failed.
 

@@ -62,7 +62,11 @@ def test_visible_devices_are_obeyed(machine, setting, names):
 
 PROBLEMS = [
     ({"torch_npu": "", "wanted_torch": ""}, "HW010", ["torch_npu is not installed. Install"]),
-    ({"cuda": True, "torch": "2.13.0+cu130"}, "HW011", ["built for CUDA", "CPU build of torch"]),
+    (
+        {"cuda": True, "torch": "2.13.0+cu130"},
+        "HW011",
+        ["built for CUDA", "CPU build of torch"],
+    ),
     ({"torch": "2.12.0"}, "HW011", ["made for torch ==2.13.0.*", "torch 2.12.0 is installed"]),
 ]
 

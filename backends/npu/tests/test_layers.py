@@ -7,7 +7,6 @@ import json
 import subprocess
 
 import pytest
-
 from backends.npu.tests.layers import ROOT, SUITE, Wheel, run, simulated_site
 
 LEAST_COVERAGE = 90.0
@@ -18,7 +17,10 @@ SCHEDULES = [
     (schedule, queue) for queue in "01" for schedule in ("eager", "lazy", "random", "thread")
     if (schedule, queue) != ("eager", "1")  # its thread would wait for the interpreter's lock
 ]  # fmt: skip
-QUICK = "engine and llama and generates or graph or race or update or capture or limits"
+QUICK = (
+    "(engine and llama and generates or graph or race or update or capture or limits) "
+    "and not by_name"
+)
 """Tests of the suite that the default run has on the simulated runtime."""
 
 

@@ -13,9 +13,9 @@ import json
 
 import pytest
 import torch
-
 from backends.npu.tests.simulated.bodies import BODIES
 from backends.npu.tests.simulated.schemas import define, read
+
 from bedplate.contract import OpRequest
 from bedplate.errors import ContractError
 from bedplate.reference import ops as reference
@@ -131,7 +131,7 @@ WRONG = {
     "rank": (packed, {"query": randn(7, 256)}, "2 dimensions is not TND"),
     "query by columns": (packed, {"query": randn(4, 7, 64).transpose(0, 1)}, "not contiguous"),
     "float32": (packed, {"query": randn(7, 4, 64).float()}, "float32"),
-    "keys of another dtype": (packed, {"key": randn(5, 128, 128).half()}, "key is torch.float16"),
+    "keys of another dtype": (packed, {"key": randn(5, 128, 128).half()}, "key is torch"),
     "heads that do not divide": (packed, {"num_kv_heads": 3}, "4 query heads over 3"),
     "no key heads": (packed, {"num_kv_heads": 0}, "0 key heads"),
     "device lengths": (packed, {"kv_lens": [*torch.tensor([90, 200])]}, "host integers"),
@@ -147,7 +147,7 @@ WRONG = {
     "pages without lengths": (single, {"kv_lens": None}, "pages need key lengths"),
     "rows missing": (single, {"block_table": table([1, 0])}, "1 rows for 2 sequences"),
     "length of nothing": (single, {"kv_lens": [0, 5]}, "below 1"),
-    "table too narrow": (single, {"kv_lens": [90, 257]}, "257 tokens, but the block table holds"),
+    "table too narrow": (single, {"kv_lens": [90, 257]}, "257 tokens, but the block"),
     "no pages": (single, {"block_table": None}, "used with pages only"),
     "query lengths": (single, {"q_lens": [1, 2]}, "takes no query lengths"),
     "band without window": (packed, {"sparse_mode": 4}, "a band is mode 4"),
@@ -155,12 +155,12 @@ WRONG = {
     "no mask": (packed, {"mask": None}, "needs a mask"),
     "small mask": (packed, {"mask": MASK[:128, :128]}, "needs a mask of 2048"),
     "mask of floats": (packed, {"mask": MASK.bfloat16()}, "the mask is torch.bfloat16"),
-    "causal with one token": (single, {"sparse_mode": 3, "mask": MASK}, "ignores sparse mode 3"),
+    "causal with one token": (single, {"sparse_mode": 3, "mask": MASK}, "ignores sparse"),
     "mode 1": (packed, {"sparse_mode": 1}, "mode 1 is not used"),
     "mask of another width": (
         single, {"mask": torch.zeros(2, 1, 1, 128, dtype=torch.bool)}, "[2, 1, 1, 256]",
     ),
-    "packed without causality": (packed, {"sparse_mode": 0, "mask": None}, "need a causal mask"),
+    "packed without causality": (packed, {"sparse_mode": 0, "mask": None}, "causal mask"),
     "heads of 80": (packed, {"query": randn(7, 4, 80), "key": randn(5, 128, 160),
                              "value": randn(5, 128, 160)}, "no packed form"),
     "fresh heads of 80": (fresh, {"query": randn(7, 4, 80), "key": randn(7, 2, 80),
@@ -169,12 +169,8 @@ WRONG = {
                               "value": randn(5, 128, 1040)}, "heads of 520"),
     "half of a latent": (latent, {"key_rope": None}, "one of two rotated parts"),
     "small latent": (latent, {"query": randn(2, 1, 4, 256)}, "not 512 and 64"),
-    "three latent heads": (latent, {"num_heads": 3, "query": randn(2, 1, 3, 512)}, "power of two"),
-    "rotated part by columns": (
-        latent, {"query_rope": randn(2, 4, 1, 64).transpose(1, 2).expand(2, 1, 4, 64)[:, :, ::1]
-                 .transpose(0, 1).transpose(0, 1).repeat(1, 1, 2, 1)[:, :, ::2]},
-        "not contiguous",
-    ),
+    "three latent heads": (latent, {"num_heads": 3, "query": randn(2, 1, 3, 512)}, "power of"),
+    "every second head": (latent, {"query_rope": randn(2, 1, 8, 64)[:, :, ::2]}, "contiguous"),
 }  # fmt: skip
 
 
@@ -307,11 +303,11 @@ def test_what_is_offered(op, dtype, attributes, provider):
 
 def calls():
     """(operator, keyword) of every call in the source, and its positional arguments."""
-    found = []
-    for node in ast.walk(ast.parse(inspect.getsource(ops))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.ops.npu."):
-            found.append((node.func.attr, len(node.args), [k.arg for k in node.keywords]))
-    return found
+    return [
+        (node.func.attr, len(node.args), [k.arg for k in node.keywords])
+        for node in ast.walk(ast.parse(inspect.getsource(ops)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.ops.npu.")
+    ]
 
 
 def test_every_operator_is_called_somewhere_above():

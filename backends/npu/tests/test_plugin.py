@@ -41,7 +41,9 @@ class FakeNpu:
 
         monkeypatch.setattr(runtime_module.importlib, "import_module", import_module)
         monkeypatch.setattr(torch, "get_device_module", lambda _device=None: self)
-        monkeypatch.setattr(runtime_module.torch, "device", lambda kind, index: f"{kind}:{index}")
+        monkeypatch.setattr(
+            runtime_module.torch, "device", lambda kind, index: f"{kind}:{index}"
+        )
         monkeypatch.setattr(torch.version, "cuda", cuda)
 
     def device_count(self):
@@ -61,7 +63,12 @@ REFUSALS = [
     ({"soc": 202}, {}, "HW012", ["310p", "usable are Atlas A2"]),
     ({"soc": 102}, {}, "HW012", ["910a"]),
     ({"cuda": "13.0"}, {}, "HW011", ["built for CUDA", "an environment of its own"]),
-    ({"importing": ImportError("libhccl.so: cannot open")}, {}, "HW010", ["libhccl.so: cannot"]),
+    (
+        {"importing": ImportError("libhccl.so: cannot open")},
+        {},
+        "HW010",
+        ["libhccl.so: cannot"],
+    ),
     ({"importing": OSError("libatb")}, {}, "HW010", ["libatb"]),
     ({"importing": RuntimeError("PTA version mismatch")}, {}, "HW010", ["version mismatch"]),
 ]
@@ -79,7 +86,12 @@ def test_what_cannot_be_taken_is_refused(monkeypatch, fake, request_, code, part
 @pytest.mark.parametrize(
     ("versions", "environment", "code", "part"),
     [
-        ({"torch_npu": "2.13.0", "wanted_torch": "torch==2.12.*"}, {}, "HW011", "made for torch"),
+        (
+            {"torch_npu": "2.13.0", "wanted_torch": "torch==2.12.*"},
+            {},
+            "HW011",
+            "made for torch",
+        ),
         ({"torch_npu": ""}, {}, "HW010", "torch_npu is not installed"),
         ({}, {"LD_LIBRARY_PATH": ""}, "HW010", "set_env.sh"),
         ({}, None, "HW010", "CANN has the version"),
@@ -93,7 +105,8 @@ def test_an_import_that_fails_is_explained(
             (tmp_path / name).touch()
         environment = {"LD_LIBRARY_PATH": str(tmp_path)}
     found = availability.Installed(
-        **{"torch": "2.13.0", "cuda": False, "torch_npu": "2.13.0", "wanted_torch": ""} | versions
+        **{"torch": "2.13.0", "cuda": False, "torch_npu": "2.13.0", "wanted_torch": ""}
+        | versions
     )
     FakeNpu(monkeypatch, importing=ImportError("something"))
     monkeypatch.setattr(availability, "installed", lambda: found)
@@ -103,7 +116,9 @@ def test_an_import_that_fails_is_explained(
     assert part in caught.value.message
 
 
-@pytest.mark.parametrize("options", [{"threads": 4}, {"self_test": "yes"}, {"max_graphs": True}])
+@pytest.mark.parametrize(
+    "options", [{"threads": 4}, {"self_test": "yes"}, {"max_graphs": True}]
+)
 def test_unknown_options_are_refused(options):
     with pytest.raises(ConfigError, match=r"its options are self_test \(bool\)"):
         NpuRuntime(ActivateRequest(options=options))

@@ -85,7 +85,7 @@ def check_packed(c, size):
     tokens = c.query.shape[0]
     last = c.q_lens[-1] if c.q_lens else 0
     need(last == tokens, f"queryT({tokens}) != actualSequenceLengthQ({last})")
-    need(all(a <= b for a, b in zip(c.q_lens, c.q_lens[1:])), "query lengths not cumulative")
+    need(sorted(c.q_lens) == list(c.q_lens), "query lengths not cumulative")
     need(len(c.q_lens) == len(c.kv_lens), "length lists differ in number")
     need(len(c.q_lens) <= 4096, "more than 4096 sequences")
     if c.table is None:
@@ -113,7 +113,7 @@ def check_pages(c):
     room = c.table.shape[1] * c.block
     need(max(c.kv_lens) <= room, f"{max(c.kv_lens)} keys in a block table of {room}")
     pages = [-(-length // c.block) for length in c.kv_lens]
-    used = torch.cat([row[:n] for row, n in zip(c.table, pages)])
+    used = torch.cat([row[:n] for row, n in zip(c.table, pages, strict=False)])
     need(bool(((used >= 0) & (used < c.key.shape[0])).all()), "a page outside the cache")
 
 
@@ -143,13 +143,13 @@ def attend(c: AttentionCall) -> torch.Tensor:
 def sequences(c):
     """``[n, H, D]`` queries and rotated parts of each sequence."""
     if c.layout == "TND":
-        counts = [b - a for a, b in zip([0, *c.q_lens], c.q_lens)]
+        counts = [b - a for a, b in zip([0, *c.q_lens], c.q_lens, strict=False)]
         queries = torch.split(c.query, counts)
         ropes = [None] * len(counts) if c.query_rope is None else c.query_rope.split(counts)
     else:
         queries = c.query.reshape(*c.query.shape[:2], c.heads, -1).unbind(0)
         ropes = [None] * len(queries) if c.query_rope is None else c.query_rope.unbind(0)
-    return list(zip(queries, ropes))
+    return list(zip(queries, ropes, strict=False))
 
 
 def one(c, index, query, rope):

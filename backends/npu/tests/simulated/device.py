@@ -23,11 +23,10 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
 from backends.npu.tests.simulated.bodies import BODIES
 from backends.npu.tests.simulated.schemas import define
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "masked_select")
 _MOVES = ("copy_", "_to_copy")
@@ -146,11 +145,13 @@ def run(func, args, kwargs):
 def execute(func, args, kwargs):
     body = BODIES.get(func.overloadpacket.__name__) if func.namespace == "npu" else None
     if func is torch.ops.aten.histc.default and not args[0].is_floating_point():
-        return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)  # the host's lacks it
+        return func(args[0].float(), *args[1:], **kwargs).to(
+            args[0].dtype
+        )  # the host's lacks it
     if body is None:
         return func(*args, **kwargs)
     given = dict(kwargs)
-    for argument, value in zip(func._schema.arguments, args):
+    for argument, value in zip(func._schema.arguments, args, strict=False):
         given[argument.name] = value
     names = [a.name for a in func._schema.arguments if not a.kwarg_only]
     for argument in func._schema.arguments:
@@ -221,7 +222,7 @@ class NPUGraph:
             raise RuntimeError(
                 "race: the update may overtake the replay before it, which then waits for ever"
             )
-        for record, new in zip(records, cpu_update_input):
+        for record, new in zip(records, cpu_update_input, strict=False):
             record.kwargs.update({k: v for k, v in new.items() if k in record.kwargs})
             record.ready.set()
 
@@ -231,7 +232,7 @@ class NPUGraph:
                 if not record.ready.wait(PATIENCE_S):
                     raise RuntimeError("dead-lock: the graph waits for an update")
                 record.ready.clear()
-            for old, new in zip(results, tensors_of(execute(func, args, kwargs))):
+            for old, new in zip(results, tensors_of(execute(func, args, kwargs)), strict=False):
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
         state.launched += 1
@@ -402,9 +403,7 @@ def install():
     factories = torch.library.Library("aten", "IMPL")
     for name in ("arange", "arange.start", "arange.start_step"):
         overload = name.partition(".")[2] or "default"
-        factories.impl(
-            name, _factory(getattr(torch.ops.aten.arange, overload)), "PrivateUse1"
-        )
+        factories.impl(name, _factory(getattr(torch.ops.aten.arange, overload)), "PrivateUse1")
     _kept.extend((fallback, factories, define(Path(__file__).with_name("schemas.json"))))
     make = torch.empty
 

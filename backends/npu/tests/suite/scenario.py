@@ -29,11 +29,13 @@ class Scenario:
         runtime: The device.
         rebind: Replace a static input instead of copying into it; one of the mistakes.
         inside: Called with the batch within each recorded pass.
+        calls: Attention calls.
+        pages: Of each request.
     """
 
-    def __init__(self, runtime, *, rebind=False, inside=None, calls=CALLS):
+    def __init__(self, runtime, *, rebind=False, inside=None, calls=CALLS, pages=2):
         self.runtime, self.calls = runtime, calls
-        self.both = SideBySide(runtime, self.calls, requests=REQUESTS)
+        self.both = SideBySide(runtime, self.calls, requests=REQUESTS, pages=pages)
         self.rebind, self.inside = rebind, inside
         self.inputs = None
         self.decisions = []
@@ -78,9 +80,7 @@ class Scenario:
         """
         fresh = [[self.both.draw(call, REQUESTS) for call in self.calls] for _ in range(steps)]
         ours = [[self._on_device(four) for four in step] for step in fresh]
-        batches = [
-            self.both.batches((1,) * REQUESTS, ForwardMode.DECODE) for _ in range(steps)
-        ]
+        batches = [self.both.batches((1,) * REQUESTS, ForwardMode.DECODE) for _ in range(steps)]
         got = []
         for step, (device, _host) in zip(ours, batches, strict=True):
             self._refresh(step)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from backends.npu.tests.suite.scenario import LIMIT, Scenario
+
 from bedplate.batch.forward_mode import ForwardMode
 from bedplate.errors import CaptureError, ConfigError, ContractError, ReplayError
 from bedplate.reference.attention import ReferenceAttention

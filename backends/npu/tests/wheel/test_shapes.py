@@ -89,7 +89,9 @@ CALLS = {
             key_rope=on(at, 9, 128, 64),
         ), (3, 1, 4, 512),
     ),
-    "norm": lambda at, ops: (ops.rms_norm(on(at, 5, 64), on(at, 64), 1e-6, "weight_fp32"), (5, 64)),
+    "norm": lambda at, ops: (
+        ops.rms_norm(on(at, 5, 64), on(at, 64), 1e-6, "weight_fp32"), (5, 64),
+    ),
     "norm of one plus weight": lambda at, ops: (
         ops.rms_norm(on(at, 5, 64), on(at, 64), 1e-6, "one_plus_weight_fp32"), (5, 64),
     ),

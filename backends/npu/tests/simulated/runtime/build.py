@@ -71,7 +71,9 @@ def build(site: Path, target: Path, *, inert: bool = False) -> list[str]:
     ours = [] if inert else [HERE / "cann.c"]
     made = set() if inert else defined(HERE / "cann.c")
     missing = sorted((undefined(site) | ({*LOOKED_UP} if not inert else set())) - made)
-    (target / "stubs.c").write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in missing))
+    (target / "stubs.c").write_text(
+        "".join(f"long {name}(void) {{ return 0; }}\n" for name in missing)
+    )
     if not inert:
         (target / "operators.S").write_text(assembly(names))
         table = ", ".join(f'"{name}"' for name in names)
@@ -94,7 +96,9 @@ def operators(library: Path) -> list[str]:
     """Entry points that the wheel names."""
     found = re.findall(rb"\0(aclnn[A-Z][A-Za-z0-9]*)(?=\0)", library.read_bytes())
     names = {name.decode() for name in found}
-    return sorted(names | {name + "GetWorkspaceSize" for name in names if "WorkspaceSize" not in name})
+    return sorted(
+        names | {name + "GetWorkspaceSize" for name in names if "WorkspaceSize" not in name}
+    )
 
 
 def assembly(names: list[str]) -> str:
@@ -114,10 +118,14 @@ def undefined(site: Path) -> set[str]:
     ours = [*site.glob("torch_npu/lib/*.so"), *site.glob("torch_npu/_C*.so")]
     wheel = [library for library in ours if "atb" not in library.name]
     folder = Path(torch.__file__).parent / "lib"
-    known = set().union(*(symbols(path, "--defined-only") for path in [*wheel, *folder.glob("*.so*")]))
+    known = set().union(
+        *(symbols(path, "--defined-only") for path in [*wheel, *folder.glob("*.so*")])
+    )
     found = set().union(*(symbols(path, "--undefined-only") for path in wheel))
     # The system's symbols have versions, Python's and the linker's are in the process.
-    return {n for n in found - known if "@" not in n and not re.match(r"_?Py|_ITM|__gmon|__cxa", n)}
+    return {
+        n for n in found - known if "@" not in n and not re.match(r"_?Py|_ITM|__gmon|__cxa", n)
+    }
 
 
 def symbols(library: Path, which: str) -> set[str]:
@@ -128,4 +136,6 @@ def symbols(library: Path, which: str) -> set[str]:
 
 
 def defined(source: Path) -> set[str]:
-    return set(re.findall(r"\b((?:acl|rt)\w+)\([^;{}]*\)\s*\{", source.read_text(encoding="utf-8")))
+    return set(
+        re.findall(r"\b((?:acl|rt)\w+)\([^;{}]*\)\s*\{", source.read_text(encoding="utf-8"))
+    )

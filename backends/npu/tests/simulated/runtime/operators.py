@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bodies of the ``aclnn`` entry points that the tests reach, on the memory of the simulated device.
+"""Bodies of the ``aclnn`` entry points that the tests reach, on the simulated device's memory.
 
 ``install`` gives them to ``cann.c``.  An operator without a body fails with its name.
 """
@@ -15,7 +15,6 @@ import traceback
 from collections import Counter
 
 import torch
-
 from backends.npu.tests.simulated import bodies
 
 DTYPES = {
@@ -97,7 +96,7 @@ def tensor_of(obj):
     dims, strides = list(obj.dims[:count]), list(obj.strides[:count])
     if not obj.data or 0 in dims:
         return torch.empty(dims, dtype=dtype)
-    reach = 1 + sum((d - 1) * s for d, s in zip(dims, strides))
+    reach = 1 + sum((d - 1) * s for d, s in zip(dims, strides, strict=False))
     size = (obj.offset + reach) * dtype.itemsize
     memory = torch.frombuffer((ctypes.c_char * size).from_address(obj.data), dtype=dtype)
     return memory.as_strided(dims, strides, obj.offset)
@@ -150,9 +149,7 @@ def in_place(function):
 def scalar(a):
     """The one scalar object among the arguments."""
     found = [i for i in range(a.op.count) if a.op.args[i].is_obj]
-    return next(
-        a.values[i] for i in found if a.op.args[i].obj.contents.kind == SCALAR
-    )
+    return next(a.values[i] for i in found if a.op.args[i].obj.contents.kind == SCALAR)
 
 
 def scalars(a):
@@ -181,17 +178,7 @@ def index_put(a):
 
 def cat(a):
     parts = [x for x in a[0] if x.numel()]
-    a.tensors()[-1].copy_(torch.cat(parts, signed(a[1])))
-
-
-def signed(x):
-    """A 64-bit argument as Python sees it; ctypes has it signed already."""
-    return x
-
-
-def signed32(x):
-    x &= 0xFFFFFFFF
-    return x - (1 << 32) if x >> 31 else x
+    a.tensors()[-1].copy_(torch.cat(parts, a[1]))
 
 
 def arange(a):
@@ -216,7 +203,7 @@ def norm(body):
         tensors = a.tensors()
         wanted = 3 if body is bodies.add_rms_norm else 2
         results = body(*tensors[:wanted], a.double())
-        for out, result in zip(tensors[wanted:], results):
+        for out, result in zip(tensors[wanted:], results, strict=False):
             if out.numel() == result.numel():
                 out.copy_(result.reshape(out.shape))
 
@@ -281,7 +268,7 @@ def index_copy(a):
 
 
 def nan_to_num(a):
-    """self, then three floats in registers, out; whatever they are, the input has to be finite."""
+    """self, three floats, out."""
     a.tensors()[-1].copy_(torch.nan_to_num(a[0], *(float(x) for x in a.op.floats[:3])))
 
 
@@ -291,7 +278,7 @@ def pad(a):
 
 def foreach_copy(a):
     lists = [x for x in a.values if isinstance(x, list)]
-    for source, target in zip(*lists[:2]):
+    for source, target in zip(*lists[:2], strict=False):
         target.copy_(source)
 
 
@@ -338,7 +325,7 @@ WITH_SCALAR = {
     "FloorDivides": torch.floor_divide, "RemainderTensorScalar": torch.remainder,
     "PowTensorScalar": torch.pow, "BitwiseAndScalar": torch.bitwise_and,
     "BitwiseOrScalar": torch.bitwise_or, "BitwiseXorScalar": torch.bitwise_xor,
-    "ClampMin": torch.clamp_min, "ClampMax": torch.clamp_max, "RightShift": torch.bitwise_right_shift,
+    "ClampMin": torch.clamp_min, "ClampMax": torch.clamp_max,
 }  # fmt: skip
 BODIES = {
     "aclnnFusedInferAttentionScoreV3": attention(27),
@@ -361,7 +348,9 @@ BODIES = {
     "aclnnInplaceSub": in_place(lambda a, x, y: x - scaled(a) * y),
     "aclnnInplaceAdds": in_place(lambda a, x: x + scalars(a)[0] * scaled(a)),
     "aclnnInplaceSubs": in_place(lambda a, x: x - scalars(a)[0] * scaled(a)),
-    "aclnnDivMods": into(lambda a, x: torch.div(x, first_scalar(a), rounding_mode=rounded(a[2]))),
+    "aclnnDivMods": into(
+        lambda a, x: torch.div(x, first_scalar(a), rounding_mode=rounded(a[2]))
+    ),
     "aclnnDivMod": into(lambda a, x, y: torch.div(x, y, rounding_mode=rounded(a[2]))),
     "aclnnMatmul": into(lambda a, x, y: x @ y),
     "aclnnMm": into(lambda a, x, y: x @ y),
@@ -386,7 +375,9 @@ BODIES = {
     "aclnnInplaceOne": fill(lambda a: 1),
     "aclnnInplaceFillScalar": fill(first_scalar),
     "aclnnInplaceFillTensor": in_place(lambda a, target, value: value),
-    "aclnnInplaceMaskedFillScalar": in_place(lambda a, x, at: x.masked_fill(at, first_scalar(a))),
+    "aclnnInplaceMaskedFillScalar": in_place(
+        lambda a, x, at: x.masked_fill(at, first_scalar(a))
+    ),
     "aclnnInplaceMaskedFillTensor": in_place(lambda a, x, at, value: x.masked_fill(at, value)),
     "aclnnMean": reduce(lambda x, dims, keep: x.mean(dims, keep)),
     "aclnnMeanV2": reduce(lambda x, dims, keep: x.mean(dims, keep)),

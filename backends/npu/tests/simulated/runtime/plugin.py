@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin that puts the simulated runtime below torch_npu, before anything imports it."""
+"""A pytest plugin that puts the simulated runtime below torch_npu, before it is imported."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from pathlib import Path
 from backends.npu.tests.simulated.runtime import build, operators
 
 _wheel = Path(importlib.util.find_spec("torch_npu").origin).parent
-operators.install(
-    os.environ["SIM_LIBRARY"], build.operators(_wheel / "lib/libtorch_npu.so")
-)
+operators.install(os.environ["SIM_LIBRARY"], build.operators(_wheel / "lib/libtorch_npu.so"))
 ctypes.CDLL(os.environ["SIM_LIBRARY"])
 
 
