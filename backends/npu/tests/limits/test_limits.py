@@ -31,8 +31,8 @@ def test_memory_has_a_limit_and_its_error_is_explained(runtime):
 
 def test_fresh_memory_is_not_zero(runtime):
     runtime.empty_cache()
-    fresh = torch.empty(1 << 20, dtype=torch.float32, device=runtime.device)
-    assert fresh.isnan().any().item()
+    fresh = torch.empty(1 << 26, dtype=torch.float32, device=runtime.device)
+    assert fresh[-1000:].cpu().isnan().all()
 
 
 def test_a_device_of_another_number_is_refused(runtime):

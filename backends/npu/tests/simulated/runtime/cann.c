@@ -185,6 +185,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t moved = PTHREAD_COND_INITIALIZER;
 static Stream *streams;
 static int stream_count, captures, live_graphs, schedule, worker_made;
+static uint64_t submitted;
 static unsigned seed = 1;
 static int failure;
 static char message[2048];
@@ -304,7 +305,10 @@ static int step_any(Stream *first) {
 static void *work(void *unused) {
     (void)unused;
     pthread_mutex_lock(&lock);
-    for (;;) if (!step_any(NULL)) pthread_cond_wait(&moved, &lock);
+    for (;;) {
+        uint64_t seen = submitted;  // a body gives the lock up, and something may come meanwhile
+        if (!step_any(NULL) && seen == submitted) pthread_cond_wait(&moved, &lock);
+    }
     return NULL;
 }
 static void choose_schedule(void) {
@@ -329,7 +333,7 @@ static int event_done(void *e) { return ((Event *)e)->done >= ((Event *)e)->issu
 
 // Waits with the lock held by nobody; reports a dead-lock after SIM_PATIENCE milliseconds.
 static int until(Ready ready, void *what, Stream *first) {
-    long patience = number("SIM_PATIENCE", 500);
+    long patience = number("SIM_PATIENCE", schedule == 3 ? 5000 : 500);
     void *python = schedule == 3 ? release_python() : NULL;
     int code = 0;
     pthread_mutex_lock(&lock);
@@ -337,7 +341,8 @@ static int until(Ready ready, void *what, Stream *first) {
         if (schedule != 3 && step_any(first)) continue;
         struct timespec limit;
         clock_gettime(CLOCK_REALTIME, &limit);
-        limit.tv_nsec += patience * 1000000;
+        limit.tv_sec += patience / 1000;
+        limit.tv_nsec += patience % 1000 * 1000000;
         limit.tv_sec += limit.tv_nsec / 1000000000;
         limit.tv_nsec %= 1000000000;
         pthread_cond_broadcast(&moved);
@@ -346,6 +351,11 @@ static int until(Ready ready, void *what, Stream *first) {
             for (Stream *s = streams; s; s = s->next) busy |= s->busy;
             if (busy) continue;
             code = fail(RT_DEADLOCK, "dead-lock: a stream waits for what never comes");
+            if (getenv("SIM_TRACE"))
+                for (Stream *s = streams; s; s = s->next)
+                    if (pending(s))
+                        fprintf(stderr, "stream %d: %zu of %zu done, the next is of kind %d\n",
+                                s->id, s->head, s->queue.count, s->queue.items[s->head].kind);
             for (Stream *s = streams; s; s = s->next) s->head = s->queue.count = 0;
             break;
         }
@@ -357,6 +367,7 @@ static int until(Ready ready, void *what, Stream *first) {
 }
 static int submit(Stream *s, Task task) {
     pthread_mutex_lock(&lock);
+    submitted++;
     if (s->capture) {
         if (task.kind == LAUNCH || task.kind == UPDATE) s->capture->broken = 1;
         push(&s->capture->tasks, task);
