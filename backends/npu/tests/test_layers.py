@@ -129,3 +129,11 @@ def test_the_suite_is_not_in_the_default_run():
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.stdout == ""
+
+
+def test_the_page_lists_every_seeded_mistake():
+    from backends.npu.tests.suite.test_mistakes import INSIDE, MISTAKES
+
+    page = (ROOT / "docs/reference/npu.md").read_text(encoding="utf-8")
+    assert len(MISTAKES) + len(INSIDE) >= SEEDED
+    assert [name for name in (*MISTAKES, *INSIDE) if f"| {name}" not in page] == []

@@ -330,6 +330,7 @@ WITH_SCALAR = {
 BODIES = {
     "aclnnFusedInferAttentionScoreV3": attention(27),
     "aclnnFusedInferAttentionScoreV4": attention(29, sink=28),
+    "aclnnFusedInferAttentionScoreV5": attention(31, sink=28),  # what a 950 is given
     "aclnnScatterPaKvCache": scatter,
     "aclnnRmsNorm": norm(bodies.rms_norm),
     "aclnnGemmaRmsNorm": norm(bodies.gemma_rms_norm),
