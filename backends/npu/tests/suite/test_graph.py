@@ -155,3 +155,32 @@ def test_the_self_test_switches_off_what_differs(runtime, monkeypatch, caplog):
     assert "tiling failed" in off["windows"]
     assert "away from the reference" in off["latents"]
     assert "latents is switched off" in caplog.text
+
+
+def test_the_hooks_lead_here(runtime):
+    from bedplate.contract import KVPoolRequest
+    from bedplate.reference.ops import OPERATIONS
+    from bedplate.registry.decisions import DecisionLog
+    from bedplate.registry.ops import Operations
+    from bedplate_npu.memory import NpuKVPool
+    from bedplate_npu.plugin import backend
+
+    assert backend.bedplate_manifest().name == "npu"
+    assert backend.bedplate_capabilities(runtime).device_type == "npu"
+    offered = []
+    backend.bedplate_register_attention(offered.append)
+    assert [provider.name for provider in offered] == ["fused_infer"]
+    operations = Operations(OPERATIONS, DecisionLog(), "npu", "none")
+    backend.bedplate_register_ops(operations)
+    pool = backend.bedplate_make_kv_pool(
+        KVPoolRequest(
+            runtime=runtime, calls=(call_of(),), num_tokens=256, page_size=128,
+            dtype=torch.bfloat16,
+        )
+    )  # fmt: skip
+    assert isinstance(pool, NpuKVPool)
+    request = Scenario(runtime).make_runner().request
+    runner = backend.bedplate_make_graph_runner(request)
+    assert isinstance(runner, graph_module.NpuGraphRunner)
+    assert runtime.memory().total_bytes > 0
+    runtime.seed(3)
