@@ -112,7 +112,7 @@ def _width(key: Mapping[str, Any]) -> int:
 
 _MANY_ROWS = 64
 """From so many on, matrix units that can read operands from shared memory do."""
-_SLACK, _JOINED_SLACK = 10 << 10, 3 << 10
+_SLACK, _JOINED_SLACK = 13 << 10, 3 << 10
 """Bytes for what passes between warps."""
 
 _ESTIMATES: Mapping[str, Callable[..., tuple[int, int]]] = {

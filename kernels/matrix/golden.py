@@ -60,10 +60,13 @@ class Golden:
             kernel, _, case = name.partition(" of ")
             yield dict(zip(_COLUMNS, values, strict=True)) | {"kernel": kernel, "case": case}
 
-    def put(self, arch: str, module: str, facts: Iterable[dict[str, Any]]) -> None:
-        """Take what was compiled now in place of what there was."""
-        self.rows.setdefault(arch, {})[module] = rows_of(facts)
-        self.sources.setdefault(arch, {})[module] = source_hash(arch, module)
+    def put(self, arch: str, modules: Iterable[str], facts: Iterable[dict[str, Any]]) -> None:
+        """Take what was compiled of some modules now in place of what there was."""
+        made = list(facts)
+        for module in modules:
+            rows = rows_of(each for each in made if each["module"] == module)
+            self.rows.setdefault(arch, {})[module] = rows
+            self.sources.setdefault(arch, {})[module] = source_hash(arch, module)
 
 
 def rows_of(facts: Iterable[dict[str, Any]]) -> Rows:

@@ -72,7 +72,7 @@ class _Compiler:
     def __init__(self, target: Target, run: Callable[..., Any], assembly: bool) -> None:
         self.target, self.run, self.assembly = target, run, assembly
         self.seen: set[str] = set()
-        self.case = ""
+        self.module = self.case = ""
         self.estimates: dict[str, int] = {}
 
     def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -80,7 +80,8 @@ class _Compiler:
         if compiled.hash not in self.seen or not self.case:
             self.seen.add(compiled.hash)
             facts = _facts(compiled, self.target, self.assembly)
-            print(json.dumps(facts | {"case": self.case, "estimate": self._estimate(facts)}))
+            facts |= {"module": self.module, "case": self.case}
+            print(json.dumps(facts | {"estimate": self._estimate(facts)}))
 
     def _estimate(self, facts: dict[str, Any]) -> int | None:
         """Shared bytes that the validator reckons with, for kernels that it judges."""
@@ -163,16 +164,15 @@ def _run_cases(compiler: _Compiler, modules: Sequence[str]) -> None:
 
     features = compiler.target.features()
     compiler.watch_choices()
-    found = [importlib.import_module(f"bedplate_triton.cases.{name}") for name in modules]
-    for case in (case for module in found for case in module.CASES):
-        if not case.runs_on(features):
-            continue
-        compiler.case = case.label
-        try:
-            case.run(case.make(torch.device("meta"), 0), features)
-        except Exception as error:
-            error.add_note(f"in the case {case.label}")
-            raise
+    for compiler.module in modules:
+        cases = importlib.import_module(f"bedplate_triton.cases.{compiler.module}").CASES
+        for case in (case for case in cases if case.runs_on(features)):
+            compiler.case = case.label
+            try:
+                case.run(case.make(torch.device("meta"), 0), features)
+            except Exception as error:
+                error.add_note(f"in the case {case.label}")
+                raise
 
 
 def _main() -> None:

@@ -14,7 +14,7 @@ from bedplate_triton.features import Features
 
 ON_DEVICE = torch.accelerator.is_available()
 EVERY_NARROW = tuple(converts for *_, converts in NARROW if converts)
-FEATURES = Features(cores=4, narrow=() if ON_DEVICE else EVERY_NARROW)
+FEATURES = Features(cores=4, shared_bytes=96 << 10, narrow=() if ON_DEVICE else EVERY_NARROW)
 CASES = [c for c in all_cases(small=None if ON_DEVICE else True) if c.runs_on(FEATURES)]
 DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 

@@ -20,7 +20,7 @@ from bedplate_triton.decode_attention import choose_splits
 from bedplate_triton.features import Features
 from bedplate_triton.sizes import column_blocks
 
-FEATURES = Features(cores=4)
+FEATURES = Features(cores=4, shared_bytes=96 << 10)
 SMALL = {"BLOCK_N": 16, "tokens_a_split": 16, "merge_rows": 2, "merge_columns": 16}
 
 

@@ -17,7 +17,7 @@ from bedplate_triton.cases.extend_attention import CALLS, make_case
 from bedplate_triton.extend_attention import extend_attention, supports
 from bedplate_triton.features import Features
 
-FEATURES = Features(cores=4)
+FEATURES = Features(cores=4, shared_bytes=96 << 10)
 PLAIN = CALLS["plain"]
 
 
@@ -199,7 +199,7 @@ def launch(longest, tokens=64, batch=4, heads=32, kv_heads=8, size=128, latent=0
         ints = torch.zeros(batch + skew, dtype=torch.int32)[skew:]
     extend_attention(
         q, keys, values, table, ints, ints, ints, ints, out, max_extend_len=longest, scale=1.0,
-        features=Features(arch="sm_90"), **options
+        features=Features(arch="sm_90", shared_bytes=227 << 10), **options
     )
 
 for passes in ((1024, 1024, 1), (777, 777, 1), (1000, 1016, 16)):

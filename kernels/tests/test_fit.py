@@ -110,7 +110,7 @@ def test_what_may_just_fit_is_better_than_nothing():
     """64 KiB of tiles in 64 KiB: refused where something is surer, taken where nothing is."""
     sizes = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
     plain = Features()
-    assert "up to 75,776 bytes" in fit.refusal("extend_attention", sizes, EXTEND, plain)
+    assert "up to 78,848 bytes" in fit.refusal("extend_attention", sizes, EXTEND, plain)
     assert fit.refusal("extend_attention", sizes, EXTEND, plain, surely=False) == ""
     key = EXTEND | {"invariant": False}
     assert configs.choose("extend_attention", plain, **key)["BLOCK_M"] == 128
