@@ -23,6 +23,8 @@ _DEVICES = {
     ),
 }
 """Where backends tell kernels what their devices are."""
+_RECORD = _PACKAGE / "cases/__init__.py"
+"""What a case is made of: nothing is compiled from it, and all modules of cases import it."""
 
 
 def source_hash(arch: str, module: str) -> str:
@@ -82,4 +84,4 @@ def _direct(path: Path) -> tuple[Path, ...]:
             folder = _PACKAGE.joinpath(*str(node.module).split(".")[1:])
             places += [folder.with_suffix(".py"), folder / "__init__.py"]
             places += [folder / f"{alias.name}.py" for alias in node.names]
-    return tuple(place for place in places if place.is_file())
+    return tuple(place for place in places if place.is_file() and place != _RECORD)
