@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-from bedplate.conformance import *  # noqa: F403
+from bedplate.conformance.suite import *  # noqa: F403

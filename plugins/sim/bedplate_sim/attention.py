@@ -9,7 +9,7 @@ Shapes: T new tokens, B requests, L length of one, H query heads, K key/value he
 
 from __future__ import annotations
 
-__all__ = ["SimAttention", "provider"]
+__all__ = ["SimAttention", "provider", "supports"]
 
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from bedplate.contract import (
     AttentionBuild,
     AttentionCallSpec,
     AttentionProvider,
+    AttentionRequest,
     Support,
 )
 from bedplate.reference.attention import attend, store, visible
@@ -28,6 +29,16 @@ from bedplate_sim.operations import kernel
 
 if TYPE_CHECKING:
     from bedplate.batch.forward_batch import ForwardBatch
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def supports(request: AttentionRequest) -> Support:
+    """Any call, over real numbers."""
+    for dtype in (request.dtype, request.kv_dtype):
+        if dtype not in _DTYPES:
+            return Support.no(f"{dtype} is not among {', '.join(_DTYPES)}")
+    return Support.yes("the reference's arithmetic, in one piece of work")
 
 
 class SimAttention(AttentionBackend):
@@ -93,7 +104,7 @@ provider = AttentionProvider(
     name="paged",
     provider="sim",
     priority=100,
-    supports=lambda _request: Support.yes("the reference's arithmetic, in one piece of work"),
+    supports=supports,
     build=SimAttention,
     determinism="run_to_run",
 )

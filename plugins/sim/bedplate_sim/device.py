@@ -132,7 +132,7 @@ class Device:
         streams: All of them; the first is current unless another is chosen.
         host_clock: What the host knows to be done.
         waits: What the host waited with → how often.
-        strict: Whether operations that wait for the device by themselves are refused.
+        holders: Engines that have it → whether their start-up is over.
     """
 
     def __init__(self, torch_device: torch.device, options: Options) -> None:
@@ -142,7 +142,7 @@ class Device:
         self.schedule = make_schedule(options.schedule, self, options.seed)
         self.host_clock: Clock = {}
         self.waits: Counter[str] = Counter()
-        self.strict = False
+        self.holders: dict[object, bool] = {}
         self.streams: list[Stream] = []
         self._local = threading.local()
         self._pinned: dict[int, Block] = {}
@@ -152,6 +152,12 @@ class Device:
         for what in FAULTS:
             self.fail(what, getattr(options, f"fail_{what}"))
         self.home = self.new_stream()
+
+    @property
+    def strict(self) -> bool:
+        """Whether operations that wait for the device by themselves are refused."""
+        started = bool(self.holders) and all(self.holders.values())
+        return started and self.options.host_reads == "refuse"
 
     # Streams.
 
@@ -356,7 +362,7 @@ class Device:
             where = "; ".join(getattr(self._lost, "__notes__", ()))
             raise DeviceLostError(
                 f"The simulated device is lost: {cause}{f' ({where})' if where else ''}. "
-                "Nothing runs on it any more; start a new engine"
+                "Nothing runs on it any more; close its engines, then start a new one"
             ) from self._lost
 
 

@@ -43,6 +43,7 @@ class _Form(NamedTuple):
     fresh: bool
     unsized: bool
     reshapes: bool
+    given: tuple[str, ...]
     writes: tuple[tuple[int, str], ...]
 
 
@@ -61,6 +62,7 @@ def _form(func: Any) -> _Form:
         fresh=base.startswith(("empty", "new_empty")),
         unsized=torch.Tag.data_dependent_output in func.tags,
         reshapes=torch.Tag.inplace_view in func.tags,
+        given=tuple(argument.name for argument in schema.arguments if argument.is_out),
         writes=writes,
     )
 
@@ -85,15 +87,18 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _copy(device, *args, **kwargs)
     if func is torch.ops.aten._to_copy.default and _target(kwargs).type == "cpu":
         return _to_host(device, form.name, args[0], kwargs)
-    values = (_map(_value, args), _map(_value, {**kwargs, **_on(kwargs, _CPU)}))
     _refuse_mixture(device, form, tensors)
-    if form.unsized:
-        return _read(device, form, func, values)
-    try:
-        shapes = _shapes(func, args, kwargs)
-    except NotImplementedError:  # the shape of the result depends on values
-        return _read(device, form, func, values)
     written = [_argument(args, kwargs, place, name) for place, name in form.writes]
+    unsized, shapes = form.unsized, None
+    if not unsized:
+        try:
+            shapes = _shapes(func, args, {**kwargs, **_roomless(kwargs, form.given)})
+        except NotImplementedError:  # the shape of the result depends on values
+            unsized = True
+    _make_room(device, form.name, [kwargs.get(name) for name in form.given], shapes)
+    values = (_map(_value, args), _map(_value, {**kwargs, **_on(kwargs, _CPU)}))
+    if unsized:
+        return _read(device, form, func, values)
     if written:
         _queue(
             device, form.name, lambda: func(*values[0], **values[1]), _blocks(tensors), written
@@ -113,6 +118,32 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     _queue(device, form.name, run, _blocks(tensors), fresh)
     return fresh
+
+
+def _roomless(kwargs: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Results that the caller gives, without elements: no shape of theirs is in the way."""
+    given = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), Tensor)}
+    return {n: torch.empty(0, dtype=t.dtype, device=_META) for n, t in given.items()}
+
+
+def _make_room(device: Device, name: str, given: Sequence[Any], shapes: Any) -> None:
+    """Give memory to results that the caller left empty, as ``torch.eye`` does.
+
+    Raises:
+        UnsupportedError: One has elements, and another shape.
+    """
+    if not given or shapes is None:
+        return
+    for target, shape in zip(tensors_in(given), tensors_in(shapes), strict=True):
+        if target.shape == shape.shape:
+            continue
+        if target.numel():
+            raise UnsupportedError(
+                f"{name} got {list(target.shape)} for its result, which has the shape "
+                f"{list(shape.shape)}: to change it is not simulated. Give one that is empty, "
+                "or has the shape"
+            )
+        target.data = _empty_like(device, shape)
 
 
 def _compute(func: Any, args: Any, kwargs: Any) -> Any:

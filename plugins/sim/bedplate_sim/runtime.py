@@ -30,30 +30,31 @@ if TYPE_CHECKING:
 
 
 class SimRuntime(DeviceRuntime):
-    """One simulated device, taken by one engine.
+    """One simulated device, as one of the engines that share it has it.
 
     Attributes:
         simulated: The device: its streams, counters and faults, for tests.
 
     Raises:
         ConfigError: An option is wrong.
-        BackendUnavailableError: Another engine of this process has the device (HW010), or
-            another extension has torch's room for one (HW011).
+        BackendUnavailableError: Another engine of this process has the device with other
+            options (HW010), or another extension has torch's room for one (HW011).
     """
 
     def __init__(self, request: ActivateRequest) -> None:
         options = read_options(request.options, request.environment)
         operations.install()
         index = request.device_index
-        if index in tensor.devices:
+        self._device = torch.device(tensor.DEVICE_TYPE, index)
+        self.simulated = tensor.devices.get(index) or Device(self._device, options)
+        if self.simulated.options != options:
             raise BackendUnavailableError(
-                f"Simulated device {index} is taken by another engine of this process. Close "
-                f"that one, or take sim:{index + 1}",
+                f"Another engine of this process has simulated device {index} with other "
+                f"options. Close that one, ask for the same, or take sim:{index + 1}",
                 code="HW010",
             )
-        self._device = torch.device(tensor.DEVICE_TYPE, index)
-        self.simulated = Device(self._device, options)
         tensor.devices[index] = self.simulated
+        self.simulated.holders[self] = False
 
     @property
     def device(self) -> torch.device:
@@ -96,12 +97,13 @@ class SimRuntime(DeviceRuntime):
 
     def ready(self) -> None:
         """From now on operations that wait by themselves are refused, if that was asked for."""
-        self.simulated.strict = self.simulated.options.host_reads == "refuse"
+        self.simulated.holders[self] = True
 
     def shutdown(self) -> None:
-        """Give the device back; work that nobody waited for is dropped."""
-        self.simulated.close()
-        if tensor.devices.get(self._device.index) is self.simulated:
+        """Give the device back; the last one drops work that nobody waited for."""
+        held = self.simulated.holders.pop(self, None) is not None
+        if held and not self.simulated.holders:
+            self.simulated.close()
             del tensor.devices[self._device.index]
 
 

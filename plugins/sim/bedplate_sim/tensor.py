@@ -25,7 +25,7 @@ DEVICE_TYPE = "privateuseone"
 gives it a name are left alone."""
 
 devices: dict[int, Device] = {}
-"""Index → the device that an engine has taken."""
+"""Index → the device that engines have taken."""
 
 
 class SimTensor(Tensor):
@@ -115,6 +115,10 @@ class SimTensor(Tensor):
 
 class PinnedTensor(Tensor):
     """Host memory that queued copies read and write; reading it is checked."""
+
+    def is_pinned(self, device: object = None) -> bool:
+        """Yes, whatever torch knows of it."""
+        return True
 
     @classmethod
     def __torch_function__(

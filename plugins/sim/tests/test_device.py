@@ -181,6 +181,9 @@ def test_pinned_memory_is_aligned_and_poisoned(runtime):
     host = runtime.empty_host(100)
     assert host.shape == (100,)
     assert host.dtype == torch.uint8
+    assert host.is_pinned()
+    assert host[1:].is_pinned()
+    assert not (host[:0] + 1).is_pinned()
     assert host.data_ptr() % 64 == 0
     assert (host[:96].view(torch.int64).numpy() > 2**62).all()
 
@@ -206,12 +209,28 @@ def test_a_device_is_lost_at_the_chosen_piece_of_work(take):
         x.add_(1)
 
 
-def test_a_device_belongs_to_one_engine(take):
+def test_engines_that_ask_for_the_same_share_a_device(take):
+    first, second = take(seed=1, host_reads="refuse"), take(seed=1, host_reads="refuse")
+    assert first.simulated is second.simulated
+    x = torch.ones(2, device=first.device)
+    first.ready()
+    assert x.tolist() == [1.0, 1.0], "the start-up of the other one still reads"
+    second.ready()
+    with pytest.raises(RaceError):
+        x.tolist()
+    for _ in range(2):
+        second.shutdown()
+    x.add_(1)
+    first.synchronize()
+    assert x.backing.tolist() == [2.0, 2.0]
+
+
+def test_engines_that_ask_for_other_devices_get_others(take):
     take()
     with pytest.raises(BackendUnavailableError, match="sim:1") as caught:
-        take()
+        take(seed=1)
     assert caught.value.code == "HW010"
-    other = take(1)
+    other = take(1, seed=1)
     assert torch.zeros(1, device=other.device).device.index == 1
 
 

@@ -125,7 +125,7 @@ def test_the_loop_of_recorded_steps_without_its_wait(engine, monkeypatch):
 def test_a_pass_that_reads_the_host_in_its_midst(engine):
     """Planted in the model: a branch on a value."""
     device = engine.runner.bound.runtime.simulated
-    device.strict = True
+    device.options = replace(device.options, host_reads="refuse")
     forward, model = engine.runner.model.forward, engine.runner.model
 
     def curious(batch):

@@ -12,11 +12,13 @@ import pytest
 from benchmarks.device import refuse_simulated
 
 from bedplate.config import EngineConfig
+from bedplate.contract import AttentionRequest
 from bedplate.errors import ConfigError
 from bedplate.reference.ops import OPERATIONS
 from bedplate.registry import DecisionLog, open_backend, survey
 from bedplate.registry.door import explain_backend
 from bedplate.registry.select import BackendRequest
+from bedplate_sim.attention import provider
 from bedplate_sim.options import SCHEDULES, Options, read_options
 
 
@@ -49,6 +51,18 @@ def test_benchmarks_refuse_its_times():
             refuse_simulated(engine)
     finally:
         bound.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "reason"),
+    [("float32", "float16", ""), ("complex64", "float32", "complex64 is not among float32"),
+     ("bfloat16", "float8_e4m3fn", "float8_e4m3fn is not among float32")],
+)  # fmt: skip
+def test_attention_is_over_real_numbers(dtype, kv_dtype, reason):
+    request = AttentionRequest(calls=(), dtype=dtype, kv_dtype=kv_dtype, page_size=16)
+    answer = provider.supports(request)
+    assert bool(answer) == (not reason)
+    assert reason in answer.reason
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,14 @@ def in_place(x, y):
     return x
 
 
+def room_was_made(x, y):
+    out, values = x.new_empty(0), x.new_empty(0)
+    places = torch.empty(0, dtype=torch.int64, device=x.device)
+    torch.mul(x, y[:3, :1], out=out)
+    torch.max(x, -1, out=(values, places))
+    return torch.cat([out[0], values, places.float()])
+
+
 def grown(x, _y):
     out = torch.empty_like(x)
     torch.mul(x, 2, out=out)
@@ -46,6 +54,7 @@ OPERATIONS = {
     "several results": lambda x, y: torch.cat([t.float() for t in x.max(-1)]),
     "in place": in_place,
     "given result": grown,
+    "given result without room": room_was_made,
     "index": lambda x, y: x[torch.tensor([2, 0], device=x.device)],
     "index of the host": lambda x, y: x[torch.tensor([2, 0])],
     "values decide the shape": lambda x, y: x[x > 0],
@@ -53,7 +62,8 @@ OPERATIONS = {
     "number of the host": lambda x, y: x * torch.tensor(3.0) + float(x[0, 0]),
     "factories": lambda x, y: torch.cat(
         [torch.arange(1, 7, 2, device=x.device), torch.full((2,), 4, device=x.device),
-         torch.tensor([3, 4], device=x.device), x.new_zeros(2, dtype=torch.int64)]
+         torch.tensor([3, 4], device=x.device), x.new_zeros(2, dtype=torch.int64),
+         torch.eye(3, 2, dtype=torch.int64, device=x.device).flatten()]
     ),
     "attention": lambda x, y: functional.scaled_dot_product_attention(
         x[None, None], y[None, None], y[None, None]
@@ -143,6 +153,8 @@ MISTAKES = {
     "a copy that does not fit": (lambda x: x.copy_(x[:, :3]), RuntimeError, "expand"),
     "a tensor of the host": (lambda x: x + numbers(3, 4), UnsupportedError, "aten.add"),
     "a shape changed in place": (lambda x: x.unsqueeze_(0), UnsupportedError, "unsqueeze_"),
+    "a given result of another shape": (lambda x: torch.mul(x, 2, out=x[0, :3].clone()),
+                                        UnsupportedError, "aten.mul"),
     "no copy": (lambda x: x.numpy(), TypeError, ".cpu()"),
     "no device": (lambda x: torch.empty(1, device="privateuseone:9"), BackendUnavailableError,
                   "9"),
