@@ -233,9 +233,11 @@ def _draw(
         )
         count = _collect(logits, floor, candidates, candidate_places, V, TILE, ROOM)
         collected = count <= ROOM
-        source, stop = logits, V
+        # Branches carry addresses: of pointers not every compiler can tell where they point.
+        address, stop = logits.to(tl.int64), V
         if collected:
-            source, stop = candidates, count
+            address, stop = candidates.to(tl.int64), count
+        source = address.to(logits.dtype)
         bound, above, weight_above = _lowest_that_stays(
             source, stop, floor, highest, k, limit, min_p, heat, TILE
         )
@@ -249,7 +251,7 @@ def _draw(
         start = 0
     else:
         collected = False
-        source, bound, equals = logits, LOWEST - 1, 0
+        address, bound, equals = logits.to(tl.int64), LOWEST - 1, 0
         goal = u * total
         block = tl.arange(0, BLOCK_N)
         heavy = mass > 0
@@ -258,6 +260,7 @@ def _draw(
         target = goal - tl.sum(tl.where(block < crossed, mass, 0.0), 0)
         start = crossed * BLOCK
         stop = tl.minimum(start + BLOCK, V)
+    source = address.to(logits.dtype)
     token = _invert(source, start, stop, bound, equals, target, heat, TILE)
     if collected:
         token = tl.load(candidate_places + token)
