@@ -43,8 +43,8 @@ _ALLOWANCES = (
     ),
     *(
         _Allowance(
-            kernel=kernel, stack=2048, case="latent 128 of 576", archs=("gfx1100",),
-            why="its matrix units hold every operand twice, and 576 columns are too many",
+            kernel=kernel, stack=2048, case="latent 128 of 576", archs=("gfx1100", "gfx1201"),
+            why="576 columns of queries and 512 of sums are more than its registers hold",
         )
         for kernel in ("_split_kernel", "_extend_kernel")
     ),
