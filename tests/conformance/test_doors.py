@@ -25,21 +25,25 @@ ROOT = Path(__file__).resolve().parents[2]
 FEW = "L2/rms_norm/*/no_weight.*"
 
 
-def run(*words, cwd, path=()):
+def run(*words, cwd, path=(), **environment):
     done = subprocess.run(
         [sys.executable, "-m", *words], cwd=cwd, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([*path, *filter(None, sys.path)])},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([*path, *filter(None, sys.path)])}
+        | environment,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
 
-def conform(*options, cwd, path=()):
-    return run("bedplate", "conformance", *options, cwd=cwd, path=path)
+def conform(*options, cwd, **more):
+    return run("bedplate", "conformance", *options, cwd=cwd, **more)
 
 
-def test_the_command_writes_a_report(tmp_path):
+def test_the_command_writes_a_report_whatever_the_folder_holds(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text("raise SystemExit('not asked for')")
     options = ("--backend", "cpu", "--level", "2", "--only", FEW, "--report", "out.json")
-    status, text = conform(*options, cwd=tmp_path)
+    status, text = conform(*options, cwd=tmp_path, BEDPLATE_PLUGINS="none")
     assert status == 0, text
     assert "L2     operations" in text
     data = json.loads((tmp_path / "out.json").read_text())

@@ -70,7 +70,7 @@ def command(
     arguments = [
         "-p", "bedplate.conformance.plugin", "-p", "no:cacheprovider", "-c", os.devnull,
         "--import-mode=importlib", "-W", "default", "-v" if verbose else "-q", "--tb=no",
-        "--no-header", "-rN", "--pyargs", "bedplate.conformance",
+        "--no-header", "-rN", "--noconftest", "--pyargs", "bedplate.conformance",
         "--backend", backend, "--level", level,
     ]  # fmt: skip
     for pattern in only:

@@ -53,7 +53,7 @@ def command(
     config = resolve_config(settings, options=True)
     decisions, trace = DecisionLog(), OpTrace()
     bound = open_backend(config=config, reference_ops=OPERATIONS, decisions=decisions)
-    # The record names the registry's own class, of which a model needs the contract's half.
+    # The record names the registry's own class, of which a start needs what this has.
     ops = cast("Operations", TracedOperations(bound.ops, trace))
     traced = replace(bound, ops=ops)
     from bedplate.engine.engine import Engine

@@ -65,6 +65,8 @@ def traced(
 ) -> Iterator[None]:
     """Record the passes made inside; led by another trace where one is given.
 
+    No layer leaves out tokens meanwhile: parts are compared token by token.
+
     Args:
         model: Gets hooks, and gives them back.
         attention: What it is bound to; bound again at the end.
@@ -83,9 +85,11 @@ def traced(
         )
     ]
     model.bind_attention(_TracedAttention(attention, trace, leader), kv_pool)
+    trims, model.bridge.trims = model.bridge.trims, False
     try:
         yield
     finally:
+        model.bridge.trims = trims
         model.bind_attention(attention, kv_pool)
         for handle in handles:
             handle.remove()

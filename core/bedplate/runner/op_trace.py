@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from bedplate.registry.ops import Operations
+
 TRACE_FORMAT: Final = 1
 
 
@@ -88,9 +90,14 @@ class TracedOperations(OpRegistry):
     Args:
         inner: The registry that chooses.
         trace: Where calls are noted.
+
+    Attributes:
+        has_overrides: No: overrides are not tried, since the calls of a trial are no model's.
     """
 
-    def __init__(self, inner: OpRegistry, trace: OpTrace) -> None:
+    has_overrides = False
+
+    def __init__(self, inner: Operations, trace: OpTrace) -> None:
         self._inner = inner
         self._trace = trace
 
@@ -103,6 +110,10 @@ class TracedOperations(OpRegistry):
         provider = self._inner.choose(request)
         call = self._noted(request, provider.call)
         return replace(provider, call=call, kind="kernels")
+
+    def withdraw(self, request: OpRequest, provider: OpProvider, reason: str) -> None:
+        """As the inner registry does."""
+        self._inner.withdraw(request, provider, reason)
 
     def _noted(self, request: OpRequest, call: Callable[..., Any]) -> Callable[..., Any]:
         from inspect import signature

@@ -41,6 +41,7 @@ class Acme:
             summary="acme devices through plain torch",
             api=ApiRange(needs=(1, 0)),
             remedy="Unset ACME_HIDDEN.",
+            docs="README.md",
         )
 
     @hookimpl
@@ -54,8 +55,12 @@ class Acme:
     @hookimpl
     def bedplate_activate(self, request: ActivateRequest) -> DeviceRuntime:
         """Take the device; import your torch extension here."""
+        from bedplate.errors import ConfigError
         from bedplate.reference.runtime import TorchRuntime
 
+        if request.options:
+            unread = ", ".join(sorted(request.options))
+            raise ConfigError(f"Backend 'acme' has no option {unread}; it has none")
         return TorchRuntime(f"{DEVICE}:{request.device_index}")
 
     @hookimpl

@@ -362,7 +362,7 @@ class Device:
             where = "; ".join(getattr(self._lost, "__notes__", ()))
             raise DeviceLostError(
                 f"The simulated device is lost: {cause}{f' ({where})' if where else ''}. "
-                "Nothing runs on it any more; close its engines, then start a new one"
+                "Nothing runs on it any more; close its engines, then start a new engine"
             ) from self._lost
 
 

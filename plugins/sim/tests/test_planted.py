@@ -90,7 +90,7 @@ def schedule(request):
 def engine(folder, schedule):
     engine = Engine(
         str(folder), backend="sim", backend_options={"sim": {"schedule": schedule}},
-        max_running_requests=2, max_context_len=48, page_size=1,
+        max_running_requests=2, max_context_len=48, page_size=1, capture_tokens=(),
     )  # fmt: skip
     yield engine
     engine.close()

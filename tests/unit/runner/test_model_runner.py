@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +68,12 @@ def make(copied=False, tape=False, **settings):
     if tape:
         bound = replace(bound, make_graph_runner=TapeGraphRunner)
     return ModelRunner(config, bound, log)
+
+
+@pytest.fixture(autouse=True)
+def no_collections(monkeypatch):
+    """Full collections around captures would be most of the time of those that capture."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 @pytest.fixture(scope="module")

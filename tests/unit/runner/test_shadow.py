@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,12 @@ from bedplate.runner import startup
 from bedplate.runner.shadow import Shadow
 
 PROMPTS = ["What is 12 + 30?", "Once upon a time there was", "a"]
+
+
+@pytest.fixture(autouse=True)
+def no_collections(monkeypatch):
+    """One at each start would be a good part of the time of these tests."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 @pytest.fixture
@@ -62,8 +69,7 @@ def planted(op, call):
     return OpProvider(op=op, provider="planted", call=call, priority=300)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(("dtype", "page_size"), [("float32", 1), ("bfloat16", 16)])
 def test_equal_backends_agree_part_by_part(open_engine, dtype, page_size):
     engine = open_engine(
         dtype=dtype, attention=replace(reference_provider, name="other", priority=900),
@@ -78,6 +84,7 @@ def test_equal_backends_agree_part_by_part(open_engine, dtype, page_size):
 def test_fused_layers_leave_sums_to_each_other_and_are_compared_whole(open_engine, monkeypatch):
     ops = ("linear", "norm_linear", "act_and_mul", "add_norm", "qk_norm_rope_write")
     engine = open_engine(*(planted(op, OPERATIONS[op]) for op in ops))
+    assert engine.runner.model.bridge.trims
     fused = [d.point for d in engine.decisions if d.chosen == "fused"]
     assert sum(point.endswith(".layer") for point in fused) == 6
     parts = []
@@ -94,6 +101,7 @@ def test_fused_layers_leave_sums_to_each_other_and_are_compared_whole(open_engin
     assert {f"model.layers.{n}" for n in range(6)} | {"model.norm", "lm_head"} <= set(parts)
     assert "model.layers.3.self_attn.queries" in parts
     assert "model.layers.3.mlp" not in parts  # swallowed by the layer
+    assert engine.runner.model.bridge.trims, "the last layer leaves out tokens again"
 
 
 def test_a_kernel_that_is_wrong_in_one_place_is_named(open_engine):
