@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import tomllib
 
 import pytest
-from tests.architecture.tree import BACKENDS, folders
+from tests.architecture.tree import BACKENDS, ROOT, folders
 from tests.strangers.room import Room
 
 from bedplate import template
 
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+    "optional-dependencies"
+]
 LEVELS = "0-4,8"
 """What a name or a place could break.  The answer is a whole model's; recorded passes are
 compiled anew for a new name, for a minute, and are examined in the tree."""
@@ -32,6 +37,12 @@ def extract(name, into):
     for path in ("pyproject.toml", "README.md", "tests/test_conformance.py"):
         (into / path).parent.mkdir(exist_ok=True)
         (into / path).write_text(template.render(new)[path])
+    if EXTRAS.get(name):  # what the backend needs goes with it, under the new name
+        project = into / "pyproject.toml"
+        head = "[project.optional-dependencies]\n"
+        needs = f"{head}{new} = {json.dumps(EXTRAS[name])}\n"
+        assert project.read_text().count(head) == 1
+        project.write_text(project.read_text().replace(head, needs))
     return new
 
 
