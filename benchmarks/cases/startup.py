@@ -28,7 +28,7 @@ CHILD = """
 import json, sys, time
 begin = time.perf_counter()
 from bedplate import Engine, SamplingParams
-with Engine(sys.argv[1], backend=sys.argv[2]) as engine:
+with Engine(sys.argv[1], backend=sys.argv[2], load_format=sys.argv[3]) as engine:
     imported = time.perf_counter() - begin
     from benchmarks.device import refuse_simulated
     refuse_simulated(engine)
@@ -74,9 +74,7 @@ def compile_modules(shape: str, backend: str, cache: Path) -> None:
         environment = environment_of(cache) | {"TRITON_CACHE_DIR": kernels}
         with tempfile.TemporaryDirectory() as folder:
             write_config(shape, Path(folder))
-            child = CHILD.replace("backend=sys.argv[2]", "backend=sys.argv[2], "
-                                  "load_format='dummy'")  # fmt: skip
-            arguments = [sys.executable, "-c", child, folder, backend]
+            arguments = [sys.executable, "-c", CHILD, folder, backend, "dummy"]
             subprocess.run(arguments, env=environment, check=True, capture_output=True)
 
 
@@ -84,7 +82,7 @@ def start(folder: Path, backend: str, cache: Path) -> dict[str, object]:
     environment = environment_of(cache)
     begin = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder), backend],
+        [sys.executable, "-c", CHILD, str(folder), backend, "safetensors"],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     seconds = time.perf_counter() - begin

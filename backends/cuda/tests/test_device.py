@@ -126,7 +126,8 @@ def test_results_of_all_graphs_share_their_memory(bench):
         dataclasses.replace(bench.request, forward=wide, capture_sizes=(1, 2, 3))
     )
     runner.capture()
-    assert torch.cuda.memory_reserved() - before < 2.2 * (3 << 29)
+    # Of their own the three would take 3 + 2 + 1 times 512 MiB.
+    assert torch.cuda.memory_reserved() - before < 4.5 * (1 << 29)
     batch = decode_batch([3, 4], bench.attention)
     with torch.no_grad():
         logits = runner.replay(batch).next_token_logits

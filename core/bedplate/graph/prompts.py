@@ -14,7 +14,7 @@ Shapes: T new tokens, B requests, R rows of logits; a graph has T and B of its o
 
 from __future__ import annotations
 
-__all__ = ["PromptGraphs", "first_token_sizes", "prompts_decision", "token_sizes"]
+__all__ = ["PromptGraphs", "prompts_decision", "token_sizes"]
 
 from collections import Counter
 from dataclasses import replace
@@ -52,6 +52,7 @@ _SHARE = 0.75
 """Least share of real tokens in a padded pass, beyond the smallest size."""
 
 _WARM_UPS = 2
+"""Eager passes before one is timed."""
 _MISSED_PASSES = 4
 """Passes of a size that run eagerly before it is recorded amid work: that costs three."""
 
@@ -74,11 +75,6 @@ def token_sizes(limit: int) -> tuple[int, ...]:
         sizes |= {size * part // 4 for part in quarters}
         size *= 2
     return tuple(sorted(size for size in sizes if size <= most))
-
-
-def first_token_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes to record before serving: powers of two and the largest; the others can wait."""
-    return tuple(size for size in sizes if size & (size - 1) == 0 or size == sizes[-1])
 
 
 def prompts_decision(prompts: PromptGraphs | None, why_not: str) -> Decision:

@@ -34,7 +34,6 @@ from bedplate.errors import BedplateError, ContractError, DeviceMemoryError
 from bedplate.graph.buckets import capture_sizes, first_sizes, memory_class, pad_to
 from bedplate.graph.prompts import (
     PromptGraphs,
-    first_token_sizes,
     prompts_decision,
     token_sizes,
 )
@@ -278,7 +277,7 @@ class ModelRunner:
         with self.decisions.choosing("prompt_graphs") as decide:
             decide(prompts_decision(prompts, self._why_no_prompts()))
         if prompts is not None:  # these first: their pool serves all others
-            prompts.capture(first_token_sizes(prompts.sizes))
+            prompts.capture(first_sizes(prompts.sizes))
         self.graph_runner.capture(first=first_sizes(sizes))
 
     def run(self, batch: ForwardBatch) -> tuple[LogitsOutput, int | None, str]:

@@ -10,8 +10,9 @@ import torch
 
 from bedplate.batch.forward_mode import CaptureHiddenMode, ForwardMode
 from bedplate.errors import ReplayError
+from bedplate.graph.buckets import first_sizes
 from bedplate.graph.keys import Refusal
-from bedplate.graph.prompts import PromptGraphs, first_token_sizes, token_sizes
+from bedplate.graph.prompts import PromptGraphs, token_sizes
 from bedplate.testing.graphs import CountingRuntime
 from bedplate.testing.tiny_decoder import prompt_batch
 
@@ -51,7 +52,7 @@ def test_sizes(limit, sizes):
 
 
 def test_first_sizes_are_powers_of_two_and_the_largest():
-    assert first_token_sizes(token_sizes(600)) == (32, 64, 128, 256, 512, 600)
+    assert first_sizes(token_sizes(600)) == (32, 64, 128, 256, 512, 600)
 
 
 @pytest.mark.parametrize("limit", range(64, 5000, 37))
