@@ -54,6 +54,18 @@ def test_every_float_of_eight_bits_is_read_as_torch_reads_it(name, device):
     assert torch.equal(out[finite], every.float()[finite])
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3fn",
+                                  "float8_e5m2"])  # fmt: skip
+def test_floats_of_eight_bits_are_rounded_as_torch_rounds_them(name, given, device):
+    if device.type != "cpu":
+        pytest.skip(f"missing capability: not every device converts {name}")
+    x = torch.cat((torch.linspace(-4, 4, 255), torch.tensor([1.97]))).to(given)
+    out = torch.empty(256).to(getattr(torch, name))
+    _cast[(1,)](x, out, 256)
+    assert torch.equal(out.float(), x.to(out.dtype).float())
+
+
 def test_arithmetic(device):
     a, b = draw(2, 128, device=device).bfloat16()
     out = torch.empty_like(a)
