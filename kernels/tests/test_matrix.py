@@ -36,7 +36,10 @@ def test_what_has_changed_is_within_its_budget(arch):
     stale = made.stale(arch, MODULES)
     made.put(arch, stale, compile_cases(arch, stale))
     found = [
-        p for name in stale for facts in made.facts(arch, name) for p in problems(arch, facts, made.triton)
+        p
+        for name in stale
+        for facts in made.facts(arch, name)
+        for p in problems(arch, facts, made.triton)
     ]
     assert found == []
 

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 
 from bedplate_triton.cases import NARROW, Case, Inputs
-from bedplate_triton.cases.decode_attention import LARGE_POOL, draw
+from bedplate_triton.cases.decode_attention import LARGE_POOL, WIDE_POOL, draw
 from bedplate_triton.kv_write import write_kv
 
 if TYPE_CHECKING:
     from bedplate_triton.features import Features
-
-_WIDE_POOL = 5 << 30
-"""Bytes of both pools of a large case on ``meta``: an offset of 32 bits does not reach them."""
 
 
 def _make(
@@ -36,20 +33,20 @@ def _make(
     padding: int = 1,
     large: bool = False,
 ) -> Inputs:
-    """Rows of a packed projection; the last ``padding`` tokens go to slot 0.
+    """Rows of a packed projection of ``shape`` T, K, D, Dv; keys alone where Dv is 0.
 
-    Args:
-        shape: T, K, D, Dv; keys alone where Dv is 0.
+    The last ``padding`` tokens go to slot 0.
     """
     tokens, heads, *sizes = shape
     stored = pool_dtype or dtype
     packed = draw(device, seed, (tokens, heads, sum(sizes)), dtype)
     wide = heads * sum(sizes) * stored.itemsize
-    most = _WIDE_POOL if device.type == "meta" else LARGE_POOL
+    most = WIDE_POOL if device.type == "meta" else LARGE_POOL
     count = most // wide if large else 2 * tokens + 1
-    slots = 1 + torch.randperm(count - 1, generator=torch.Generator().manual_seed(seed))[:tokens]
+    generator = torch.Generator().manual_seed(seed)
+    slots = 1 + torch.randperm(count - 1, generator=generator)[:tokens]
     slots[tokens - padding :] = 0
-    k, v = packed.split(sizes, dim=-1)
+    k, v = torch.split(packed, sizes, dim=-1)
     keys, values = (torch.zeros((count, heads, n), device=device, dtype=stored) for n in sizes)
     return {
         "k": k,
