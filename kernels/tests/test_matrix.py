@@ -20,7 +20,7 @@ from kernels.matrix import sources
 from kernels.matrix.budget import problems
 from kernels.matrix.golden import Golden
 from kernels.matrix.targets import TARGETS
-from kernels.tests.offline import compile_cases, compile_launches, run_offline
+from kernels.tests.offline import compile_cases, run_offline
 
 from bedplate_triton.cases import case_modules
 
@@ -322,28 +322,6 @@ def test_a_hash_is_of_all_that_a_launch_is_compiled_from_and_of_no_more():
     assert "backends/rocm/bedplate_rocm/architectures.py" in found
     assert not {name for name in found if "linear" in name or "sm_90" in name or "rdna" in name}
     assert package + "configs/sm_90/decode_attention.json" in names("sm_90", "decode_attention")
-
-
-WRITE = (
-    "from bedplate_triton.features import Features\n"
-    "def write(slots):\n"
-    "    def rows(count):\n"
-    "        return torch.empty(count, 8, 128, dtype=torch.bfloat16, device='meta')\n"
-    "    pools, new = [rows(slots), rows(slots)], [rows(64), rows(64)]\n"
-    "    where = torch.empty(64, dtype=torch.int32, device='meta')\n"
-    "    write_kv(*new, where, *pools, features=Features())\n"
-    "import torch\n"
-    "write(1 << 10)\n"
-    "write(3 << 20)\n"
-)
-
-
-def test_a_pool_above_two_gib_is_compiled_as_such():
-    """An offset of 32 bits does not reach all of it; what a small one compiles to would."""
-    small, wide = compile_launches("bedplate_triton.kv_write", WRITE, arch="gfx942")
-    assert "buffer_store" in small["assembly"]
-    assert "buffer_store" not in wide["assembly"]
-    assert "global_store" in wide["assembly"]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 16, 32, 64])
