@@ -5,7 +5,8 @@ As it stands it multiplies bit patterns in ``tl.dot``, gives NaN for arithmetic 
 where it should round (triton-lang/triton#11584, #11585); with numpy from 2.4 on triton 3.6
 cannot run loops whose bound is a tensor (#9171); before 3.8 it does not know the floats of
 eight bits without a negative zero ("fnuz"); and it rounds what becomes a float of eight bits
-by its mantissa alone, so 1.97 becomes 1.  ``install`` mends that for tests;
+by its mantissa alone, so 1.97 becomes 1.  From 3.9 on it refuses masks that it has made
+numbers itself, of ``mask & (0 < count)``.  ``install`` mends that for tests;
 ``test_interpreter.py`` checks that it does, so that an upgrade cannot break it in silence.
 """
 
@@ -40,7 +41,7 @@ def install() -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     patch_tensor, patch_core = interpreter._patch_lang_tensor, interpreter._patch_lang_core
     dot, binary, cast = builder.create_dot, builder.binary_op, builder.cast_impl
-    narrowing = builder.create_fp_to_fp
+    narrowing, store = builder.create_fp_to_fp, builder.create_masked_store
 
     def is_narrow(operand):
         return operand.dtype.scalar == tl.bfloat16
@@ -92,7 +93,11 @@ def install() -> None:
         wide = torch.from_numpy(np.array(up(source), np.float32))
         return handle(wide.to(eight).view(torch.uint8).numpy(), target.scalar)
 
+    def patched_store(self, where, value, mask, *rest):
+        return store(self, where, value, handle(mask.data.astype(np.bool_), tl.int1), *rest)
+
     interpreter._patch_lang_tensor = patched_tensor
     interpreter._patch_lang_core = patched_core
     builder.create_dot, builder.binary_op = patched_dot, patched_binary
     builder.cast_impl, builder.create_fp_to_fp = patched_cast, patched_narrowing
+    builder.create_masked_store = patched_store

@@ -31,6 +31,13 @@ def _product(a, b, out, count, n: tl.constexpr):
     tl.store(out + where, acc)
 
 
+@triton.jit
+def _some(out, count, n: tl.constexpr):
+    lanes = tl.arange(0, n)
+    for row in tl.static_range(3):
+        tl.store(out + row * n + lanes, 1.0, mask=(lanes < n - 1) & (row < count))
+
+
 def draw(*shape, device):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -64,6 +71,12 @@ def test_floats_of_eight_bits_are_rounded_as_torch_rounds_them(name, given, devi
     out = torch.empty(256).to(getattr(torch, name))
     _cast[(1,)](x, out, 256)
     assert torch.equal(out.float(), x.to(out.dtype).float())
+
+
+def test_masks_of_what_is_known_and_what_is_not(device):
+    out = torch.zeros(3, 4, device=device)
+    _some[(1,)](out, 2, 4)
+    assert out.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
 
 
 def test_arithmetic(device):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots that an offset of 32 bits does not reach: written and read as those at the beginning."""
+"""Slots that an offset of 32 bits does not reach: written and read as those before it."""
 
 from __future__ import annotations
 
