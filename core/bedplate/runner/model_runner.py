@@ -32,6 +32,7 @@ from bedplate.contract.graph import GraphRunnerRequest
 from bedplate.contract.memory import AllocatorRequest, KVPoolRequest
 from bedplate.errors import BedplateError, ContractError, DeviceMemoryError
 from bedplate.graph.buckets import capture_sizes, first_sizes, memory_class, pad_to
+from bedplate.graph.capture_state import freeze_gc
 from bedplate.graph.prompts import (
     PromptGraphs,
     prompts_decision,
@@ -166,20 +167,24 @@ class ModelRunner:
             BedplateError: The first failing stage's; vendor errors are explained by the
                 backend where it can.
         """
-        for name, stage in self.stages():
-            begin = perf_counter()
-            try:
-                stage()
-            except BedplateError:
-                raise
-            except Exception as error:
-                explained = self.bound.explain_error(error)
-                if explained is None:
-                    raise
-                raise BedplateError(f"{name} failed: {explained}", code="HW041") from error
-            self.stage_seconds[name] = perf_counter() - begin
-            logger.debug("%s took %.2f s", name, self.stage_seconds[name])
+        with freeze_gc():  # what is imported by now is not walked at every capture
+            for name, stage in self.stages():
+                begin = perf_counter()
+                self._run_stage(name, stage)
+                self.stage_seconds[name] = perf_counter() - begin
+                logger.debug("%s took %.2f s", name, self.stage_seconds[name])
         self.bound.runtime.ready()
+
+    def _run_stage(self, name: str, stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except BedplateError:
+            raise
+        except Exception as error:
+            explained = self.bound.explain_error(error)
+            if explained is None:
+                raise
+            raise BedplateError(f"{name} failed: {explained}", code="HW041") from error
 
     @property
     def spec(self) -> ModelSpec:
