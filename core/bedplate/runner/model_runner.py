@@ -33,6 +33,7 @@ from bedplate.contract.memory import AllocatorRequest, KVPoolRequest
 from bedplate.errors import BedplateError, ContractError, DeviceMemoryError
 from bedplate.graph.buckets import capture_sizes, first_sizes, memory_class, pad_to
 from bedplate.graph.capture_state import freeze_gc
+from bedplate.graph.pool import set_global_graph_memory_pool
 from bedplate.graph.prompts import (
     PromptGraphs,
     prompts_decision,
@@ -223,6 +224,8 @@ class ModelRunner:
             self._graph_bytes = max(0, before - self.bound.runtime.memory().free_bytes)
             del prompts
             runner.release()
+            # An allocator may take no more into a pool whose last graph is gone.
+            set_global_graph_memory_pool(self.bound.runtime, None)
         self.model.release_attention()
         del self.kv_pool, self.allocator, self.attention
         self.bound.runtime.empty_cache()
