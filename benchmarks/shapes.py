@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bedplate import demo
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -67,6 +69,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "v_head_dim": 128, "vocab_size": 102400, "max_position_embeddings": 16384,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "demo": json.loads((demo.path() / "config.json").read_text()),
     "tiny": _qwen3(64, 2, 4, 128, tied=True)
     | {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512},
 }  # fmt: skip

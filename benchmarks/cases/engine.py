@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,10 @@ def decode_ms(
 
 
 def run_decode(
-    engine: Engine, report: Report, name: str, batches: list[int], context: int
+    engine: Engine, report: Report, name: str, batches: list[int], contexts: list[int]
 ) -> None:
     rng = np.random.default_rng(0)
-    for batch in batches:
+    for context, batch in product(contexts, batches):
         ms, longest = decode_ms(engine, rng, batch, context)
         mean = context + _SKIPPED + _COUNTED // 2
         floor = report.floor_us(shapes.step_bytes(engine, batch, mean))
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--tests", default="decode,prompts,mixed,memory")
     parser.add_argument("--batches", default="1,8,32,128,256")
-    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--contexts", default="1024", help="tokens before the decode steps")
     parser.add_argument("--prompts", default="1x1024,1x3800,16x1024")
     parser.add_argument("--requests", type=int, default=256, help="of the mixed load")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     batches = [int(size) for size in options.batches.split(",")]
+    contexts = [int(length) for length in options.contexts.split(",")]
     prompts = [
         [int(length)] * int(count)
         for count, _, length in (case.partition("x") for case in options.prompts.split(","))
@@ -182,7 +183,12 @@ def main() -> None:
             torch.cuda.empty_cache()
         with tempfile.TemporaryDirectory() as folder:
             shapes.write_config(name, Path(folder))
-            longest = max(options.context + 160, *(n for case in prompts for n in case), 2100)
+            longest = max(
+                *(context + 160 for context in contexts if "decode" in tests),
+                *(n for case in prompts for n in case if "prompts" in tests),
+                2100 if "mixed" in tests else 0,
+                0,
+            )
             begin = time.perf_counter()
             engine = Engine(
                 folder, backend=options.backend, load_format="dummy", prefix_cache=False,
@@ -198,7 +204,7 @@ def main() -> None:
                 f"{name}: started in {time.perf_counter() - begin:.1f} s, {stages}", flush=True
             )
             if "decode" in tests:
-                run_decode(engine, report, name, batches, options.context)
+                run_decode(engine, report, name, batches, contexts)
             if "prompts" in tests:
                 run_prompts(engine, report, name, prompts)
             if "mixed" in tests:

@@ -57,7 +57,8 @@ class EngineConfig:
         capture_tokens: Numbers of new tokens to record prompt passes for, ascending; those that
             no pass can have are left out; empty for none.
         fusion: How much of a model is replaced by faster forms after proof: ``off`` nothing,
-            ``leaf`` sibling linears and norms, ``block`` whole layers where they are known.
+            ``leaf`` sibling linears and norms, ``block`` whole layers where they are known;
+            ``compile`` leaves all of it to ``torch.compile``, which takes seconds to minutes.
         load_format: ``auto``, ``safetensors``, or ``dummy`` (random weights from a config).
         overlap: Whether the host plans the next step before this one is done.
         seed: Seed of everything random that a request does not seed itself.
@@ -89,7 +90,7 @@ class EngineConfig:
     graphs: bool | None = None
     capture_sizes: tuple[int, ...] | None = None
     capture_tokens: tuple[int, ...] | None = None
-    fusion: Literal["off", "leaf", "block"] = "block"
+    fusion: Literal["off", "leaf", "block", "compile"] = "block"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     overlap: bool | None = None
     seed: int = 0
@@ -223,7 +224,10 @@ _OPTIONAL_COUNTS = (
 _SWITCHES = ("mixed", "prefix_cache", "trust_remote_code", "deterministic", "debug")
 _OPTIONAL_SWITCHES = ("graphs", "overlap")
 _SIZES = ("capture_sizes", "capture_tokens")
-_CHOICES = {"fusion": ("off", "leaf", "block"), "load_format": ("auto", "safetensors", "dummy")}
+_CHOICES = {
+    "fusion": ("off", "leaf", "block", "compile"),
+    "load_format": ("auto", "safetensors", "dummy"),
+}
 
 
 def _is_integer(value: object) -> bool:

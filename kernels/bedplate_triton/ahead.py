@@ -26,6 +26,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+_NUMBER = 2
+"""Bytes of a job's number."""
 _PATIENCE_S = 120.0
 """A copy that takes longer is stuck, and its kernels are compiled here."""
 
@@ -102,22 +104,42 @@ def _run_in_copies(jobs: Sequence[Callable[[], Any]]) -> None:
         # Threads do not survive in a copy. None of them compiles, so no lock of the compiler
         # is held; and a copy asks nothing of the device.
         warnings.simplefilter("ignore", DeprecationWarning)
-        copies = [_start_copy(jobs[place::count]) for place in range(count)]
+        queue = _queue(len(jobs))
+        copies = [_start_copy(jobs, queue) for _ in range(count)]
+        os.close(queue)
     deadline = time.monotonic() + _PATIENCE_S
     for copy in copies:
         _await_copy(copy, deadline)
 
 
-def _start_copy(jobs: Sequence[Callable[[], Any]]) -> int:
+def _queue(count: int) -> int:
+    """A pipe's end from which each number below ``count`` is read once, by whoever asks.
+
+    The last come first: prompts are rehearsed behind decode passes and compile for longer.
+    """
+    out, into = os.pipe()
+    os.write(
+        into, b"".join(number.to_bytes(_NUMBER, "big") for number in reversed(range(count)))
+    )
+    os.close(into)
+    return out
+
+
+def _start_copy(jobs: Sequence[Callable[[], Any]], queue: int) -> int:
     copy = os.fork()
     if copy:
         return copy
     try:
-        for job in jobs:
+        while number := os.read(queue, _NUMBER):
             with suppress(BaseException):
-                job()
+                _make_launcher(jobs[int.from_bytes(number, "big")]())
     finally:
         os._exit(0)  # nothing of the original is this copy's to clean up
+
+
+def _make_launcher(kernel: Any) -> None:
+    """Leave on the disk what launches a kernel, too: some releases have it compiled in C."""
+    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 def _await_copy(copy: int, deadline: float) -> None:

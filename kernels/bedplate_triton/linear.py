@@ -50,6 +50,9 @@ MAX_SKINNY_ROWS = 64
 
 _HELD_BYTES = 256
 """Of its input a thread keeps at most so much in registers: a quarter of them."""
+_SLICE = 1 << 25
+"""Most numbers of a product whose activation halves them: more only take memory, as thousands
+of rows multiply no faster, each, than half as many."""
 _ADD_COLUMNS = 256
 """Outputs a program of the kernel that adds the splits."""
 
@@ -157,8 +160,16 @@ def _is_many(x: Tensor) -> bool:
 def _by_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, features: Features
 ) -> Tensor:
-    out = functional.linear(x, weight, bias)
-    return out if act is None else act_and_mul(out, act, features=features)
+    """Torch's product; one with an activation in slices, of which only one is in memory."""
+    if act is None:
+        return functional.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    out = x.new_empty((len(rows), len(weight) // 2))
+    slice_rows = 1 << max(1, _SLICE // len(weight)).bit_length() - 1
+    for some, result in zip(rows.split(slice_rows), out.split(slice_rows), strict=True):
+        # No name for the product: it would live on while the next is made.
+        act_and_mul(functional.linear(some, weight, bias), act, features=features, out=result)
+    return out.view(*x.shape[:-1], -1)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> None:

@@ -24,6 +24,9 @@ class TritonRuntime(TorchRuntime):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device, pinned=True)
+        from bedplate_triton.tripwire import tripwire
+
+        tripwire.disarm()  # another model of this process may have armed it
         self._make_handles()
 
     def synchronize(self) -> None:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @click.option("--attention", help="Attention implementation; see `bedplate explain`.")
 @click.option(
     "--fusion",
-    type=click.Choice(["off", "leaf", "block"]),
+    type=click.Choice(["off", "leaf", "block", "compile"]),
     help="How much of the model is fused, after proof.",
 )
 @click.option(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 __all__ = ["PromptGraphs", "prompts_decision", "token_sizes"]
 
+import logging
 from collections import Counter
 from dataclasses import replace
 from time import perf_counter
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
     from bedplate.graph.routes import Captured
     from bedplate.graph.runner import GraphRunner
+
+logger = logging.getLogger(__name__)
 
 MOST_REQUESTS = 64
 """Requests of a recorded pass; its head computes the logits of so many rows."""
@@ -246,6 +249,7 @@ class PromptGraphs:
         except CaptureError as error:
             self._waiting.clear()
             self._runner.request.record(_dropped(size, error))
+            logger.warning("prompts run eagerly: %s", error.message)
             return False
         return True
 

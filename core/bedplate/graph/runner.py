@@ -12,6 +12,7 @@ from __future__ import annotations
 
 __all__ = ["GraphRunner"]
 
+import logging
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
     from bedplate.batch.logits import LogitsOutput
     from bedplate.contract.graph import GraphRunnerRequest
+
+logger = logging.getLogger(__name__)
 
 _WARM_UPS = 2
 """Eager runs before a capture: the first loads kernels, the second settles allocators."""
@@ -370,6 +373,7 @@ class GraphRunner(ABC):
             self._failed.add(key)
             larger = [k.batch_size for k in self._graphs if k.batch_size > key.batch_size]
             self.request.record(_dropped(key, error, min(larger, default=None)))
+            logger.warning("batches of %d have no graph: %s", key.batch_size, error.message)
 
     def _find(self, batch: ForwardBatch) -> Route | Refusal:
         """The graph for ``batch``, or the first reason against all of them."""

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from bedplate.errors import ContractError, InternalError
 from bedplate.models import latent
 from bedplate.models.transformers_api import register_attention
@@ -230,6 +232,7 @@ def _compare(call: AttentionCallSpec, scaling: float | None, arguments: dict[str
         raise ContractError(f"{call.module} changed: " + "; ".join(wrong))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -239,7 +242,10 @@ def attention(
     scaling: float | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers finds under our name."""
+    """What transformers finds under our name.
+
+    Never part of what torch's compiler takes: the step under way is another one in every pass.
+    """
     bridge: AttentionBridge | None = module.__dict__.get(_ATTRIBUTE)
     if bridge is None:
         raise ContractError(

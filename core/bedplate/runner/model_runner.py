@@ -32,6 +32,8 @@ from bedplate.contract.graph import GraphRunnerRequest
 from bedplate.contract.memory import AllocatorRequest, KVPoolRequest
 from bedplate.errors import BedplateError, ContractError, DeviceMemoryError
 from bedplate.graph.buckets import capture_sizes, first_sizes, memory_class, pad_to
+from bedplate.graph.capture_state import freeze_gc
+from bedplate.graph.pool import set_global_graph_memory_pool
 from bedplate.graph.prompts import (
     PromptGraphs,
     prompts_decision,
@@ -166,23 +168,27 @@ class ModelRunner:
             BedplateError: The first failing stage's; vendor errors are explained by the
                 backend where it can.
         """
-        for name, stage in self.stages():
-            begin = perf_counter()
-            try:
-                stage()
-            except BedplateError:
-                raise
-            except Exception as error:
-                explained = self.bound.explain_error(error)
-                if explained is None:
-                    raise
-                raise BedplateError(f"{name} failed: {explained}", code="HW041") from error
-            self.stage_seconds[name] = perf_counter() - begin
-            logger.debug("%s took %.2f s", name, self.stage_seconds[name])
+        with freeze_gc():  # what is imported by now is not walked at every capture
+            for name, stage in self.stages():
+                begin = perf_counter()
+                self._run_stage(name, stage)
+                self.stage_seconds[name] = perf_counter() - begin
+                logger.debug("%s took %.2f s", name, self.stage_seconds[name])
         self.bound.runtime.ready()
         for decision in self.bound.runtime.decisions():
             with self.decisions.choosing(decision.point) as decide:
                 decide(decision)
+
+    def _run_stage(self, name: str, stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except BedplateError:
+            raise
+        except Exception as error:
+            explained = self.bound.explain_error(error)
+            if explained is None:
+                raise
+            raise BedplateError(f"{name} failed: {explained}", code="HW041") from error
 
     @property
     def spec(self) -> ModelSpec:
@@ -221,6 +227,8 @@ class ModelRunner:
             self._graph_bytes = max(0, before - self.bound.runtime.memory().free_bytes)
             del prompts
             runner.release()
+            # An allocator may take no more into a pool whose last graph is gone.
+            set_global_graph_memory_pool(self.bound.runtime, None)
         self.model.release_attention()
         del self.kv_pool, self.allocator, self.attention
         self.bound.runtime.empty_cache()

@@ -24,6 +24,7 @@ from bedplate.contract import Candidate, Decision, OpRegistry, Support
 from bedplate.errors import BackendError, ConfigError
 from bedplate.models.fusion.attention_block import find_attention_blocks
 from bedplate.models.fusion.calls import observe, trial_forward
+from bedplate.models.fusion.compiled import CompiledModel
 from bedplate.models.fusion.glu import find_glus
 from bedplate.models.fusion.linear import find_linears
 from bedplate.models.fusion.norm import find_norms
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FusionMode = Literal["off", "leaf", "block"]
+FusionMode = Literal["off", "leaf", "block", "compile"]
 Verdict = Literal["chosen", "possible", "refused", "failed"]
 Run = Callable[[nn.Module], Tensor]
 Rehearsal = Callable[[], AbstractContextManager[object] | None]
@@ -101,7 +102,8 @@ def fuse(
             objects; sibling weights move, once, into merged storage.
         ops: Whose providers do the work.
         mode: ``off`` leaves the model alone; ``leaf`` merges sibling linears and swaps norms;
-            ``block`` also replaces attention blocks, gated blocks and whole layers.
+            ``block`` also replaces attention blocks, gated blocks and whole layers;
+            ``compile`` does none of this and gives the model to torch's compiler.
         run: One tiny forward that returns logits; called a few times.
         trial: Runs the model as it will run; blocks with attention are found only in it.
             Takes the place of ``run``.
@@ -128,8 +130,12 @@ def fuse(
         reason = f"the trial forward raised {type(error).__name__}: {error}"
         return FusionPlan(decisions=(_whole("off", reason, "failed"),), sites=())
     decisions = [_whole(mode, "sites are verified one by one", "chosen")]
-    sites = _find(calls, mode, trial)
-    _rehearse(rehearsal(), sites, ops, lambda: [run(module) for run in runs])
+    sites: list[Site]
+    if mode == "compile":
+        sites = [CompiledModel(module)]
+    else:
+        sites = _find(calls, mode, trial)
+        _rehearse(rehearsal(), sites, ops, lambda: [run(module) for run in runs])
     check = partial(_check_model, module, runs, references)
     made, used, broken = _use(sites, ops, check, allow)
     if broken:  # by some kind, which kind by kind will show
