@@ -12,10 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from kernels.matrix.offline import use_offline_driver
 
 from bedplate_triton import configs
 from bedplate_triton.cases import all_cases
 from bedplate_triton.features import Features
+from benchmarks.device import with_chain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,37 +38,17 @@ def compile_all(jobs: Sequence[Job], features: Features) -> list[str]:
         return list(pool.map(work, jobs, chunksize=2))
 
 
-class _Offline:
-    """A driver that knows its target and needs no context."""
-
-    def __init__(self, arch: str) -> None:
-        self.capability = int(arch.removeprefix("sm_"))
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _device: int) -> int:
-        return 0
-
-
 def _compile(facts: dict[str, Any], job: Job) -> str:
     import triton
 
-    from bedplate_cuda import ops
-
-    features = ops.with_chain(Features(**facts))
+    features = with_chain(Features(**facts))
     file, label, candidate = job
     run = triton.runtime.JITFunction.run
     triton.runtime.JITFunction.run = lambda kernel, *args, grid, warmup, **options: run(
         kernel, *args, grid=grid, warmup=True, **options
     )
     try:
-        triton.runtime.driver.set_active(_Offline(features.arch))
+        use_offline_driver(features.arch, features.wave)
         case = next(case for case in all_cases() if case.label == label)
         with nullcontext() if file is None else configs.override(file, **candidate):
             case.run(case.make(torch.device("meta"), 0), features)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from bedplate import Engine
+    from bedplate_triton.features import Features
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,24 @@ class Ceilings:
     def as_json(self) -> dict[str, object]:
         """For result files."""
         return asdict(self)
+
+
+def device_features() -> Features:
+    """What kernels may know of this device, from its backend."""
+    if torch.version.hip is None:
+        from bedplate_cuda.ops import device_features as found
+    else:
+        from bedplate_rocm.ops import device_features as found
+    return found()
+
+
+def with_chain(features: Features) -> Features:
+    """The same device with chained launches, if it has them."""
+    if not features.arch.startswith("sm_"):
+        return features
+    from bedplate_cuda import ops
+
+    return ops.with_chain(features)
 
 
 def refuse_simulated(engine: Engine) -> None:

@@ -18,17 +18,18 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 
-from bedplate_cuda.ops import device_features
 from bedplate_triton import configs
 from bedplate_triton.cases import Case, all_cases, relative_error
-from bedplate_triton.features import Features
 from benchmarks.compiling import compile_all
-from benchmarks.device import measure_ceilings, recorded_us
+from benchmarks.device import device_features, measure_ceilings, recorded_us
+
+if TYPE_CHECKING:
+    from bedplate_triton.features import Features
 
 _ENOUGH_BYTES = 192 << 20
 _MOST_COPIES = 8
@@ -133,7 +134,7 @@ class _Asked(Exception):  # noqa: N818 - not an error
     """Carries the key with which a configuration was asked for."""
 
 
-def key_of(case: Case, file: str) -> Candidate | None:
+def key_of(case: Case, file: str, features: Features) -> Candidate | None:
     """What the case asks ``choose`` for, of this file; ``None`` if it never does."""
 
     def ask(op: str, features: Any, **key: Any) -> Candidate:
@@ -144,7 +145,7 @@ def key_of(case: Case, file: str) -> Candidate | None:
     original, configs.choose = configs.choose, ask
     run, triton.runtime.JITFunction.run = triton.runtime.JITFunction.run, _launch_nothing
     try:
-        case.run(case.make(torch.device("meta"), 0), Features(arch="sm_90", cores=132))
+        case.run(case.make(torch.device("meta"), 0), features)
     except _Asked as asked:
         return dict(asked.args[0])
     except Exception:
@@ -192,14 +193,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=400)
     options = parser.parse_args()
     begin = time.perf_counter()
+    features = device_features()
     words = options.only.split(",")
     work = [
         (file, case, key)
         for file in options.files
         for case in all_cases(small=False)
-        if any(word in case.label for word in words) and (key := key_of(case, file)) is not None
+        if any(word in case.label for word in words)
+        and (key := key_of(case, file, features)) is not None
     ]
-    features = device_features()
     jobs = [
         (file, case.label, candidate)
         for file, case, key in work

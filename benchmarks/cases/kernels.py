@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from benchmarks.compiling import compile_all
-from benchmarks.device import Ceilings, measure_ceilings, recorded_us
+from benchmarks.device import Ceilings, device_features, measure_ceilings, recorded_us
 
-from bedplate_cuda.ops import device_features
 from bedplate_triton.cases import all_cases, relative_error
 
 if TYPE_CHECKING:

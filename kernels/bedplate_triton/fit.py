@@ -96,10 +96,10 @@ def _attention(
 def _multiply(
     sizes: Mapping[str, Any], key: Mapping[str, Any], features: Features
 ) -> tuple[int, int]:
-    """Tiles of both operands."""
+    """Tiles of both operands; some compilers keep their rows a little apart."""
     rows = sizes["BLOCK_M"] + sizes["BLOCK_N"]
-    most = int(sizes["num_stages"] * rows * sizes["BLOCK_K"] * key["bytes"])
-    return most, most
+    least = int(sizes["num_stages"] * rows * sizes["BLOCK_K"] * key["bytes"])
+    return least, least + _APART
 
 
 def _width(key: Mapping[str, Any]) -> int:
@@ -114,6 +114,8 @@ _MANY_ROWS = 64
 """From so many on, matrix units that can read operands from shared memory do."""
 _SLACK, _JOINED_SLACK = 13 << 10, 3 << 10
 """Bytes for what passes between warps."""
+_APART = 1 << 10
+"""Bytes between rows of tiles."""
 
 _ESTIMATES: Mapping[str, Callable[..., tuple[int, int]]] = {
     "decode_attention": _decode,

@@ -13,8 +13,10 @@ import torch
 from bedplate.reference.runtime import TorchRuntime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
+
+    from bedplate.contract import Decision
 
 
 class TritonRuntime(TorchRuntime):
@@ -48,6 +50,12 @@ class TritonRuntime(TorchRuntime):
         from bedplate_triton.tripwire import tripwire
 
         tripwire.arm()
+
+    def decisions(self) -> Sequence[Decision]:
+        """Launch sizes that did not fit the device, and what was taken instead."""
+        from bedplate_triton import configs
+
+        return configs.refusals()
 
     def shutdown(self) -> None:
         """Give cached memory back; a device that has failed cannot, and need not."""

@@ -7,7 +7,19 @@ was compiled from; so whoever needs the facts compiles only what has changed sin
 
 from __future__ import annotations
 
-__all__ = ["Golden", "differences", "load", "rows_of", "save", "table"]
+__all__ = [
+    "FOLDER",
+    "PAGE",
+    "VERSIONS",
+    "Golden",
+    "differences",
+    "load",
+    "page",
+    "rows_of",
+    "save",
+    "table",
+    "why_stale",
+]
 
 import json
 from dataclasses import dataclass, field
@@ -20,7 +32,17 @@ from kernels.matrix.targets import TARGETS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_FOLDER = Path(__file__).parent / "golden"
+VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
+"""Of Triton, that results are kept for: of the oldest torch that is allowed, of
+``constraints.txt``, and the newest."""
+
+PAGE = Path(__file__).parents[2] / "docs/reference/compile-matrix.md"
+"""Where the tables are."""
+
+FOLDER = Path(__file__).parent / "golden"
+"""Of the files."""
+
+_BEGIN, _END = "<!-- generated: compile matrix -->", "<!-- end -->"
 _COLUMNS = (
     "warps",
     "shared",
@@ -117,6 +139,32 @@ def differences(before: Golden, after: Golden) -> Iterator[str]:
                 yield f"! {arch}: {name}: {_words(old[name], new[name])}"
 
 
+def why_stale(golden: Golden, modules: Iterable[str]) -> str:
+    """What has changed since a result was made, and what to do; empty if nothing has."""
+    archs: dict[str, list[str]] = {}
+    for arch in TARGETS:
+        for module in golden.stale(arch, modules):
+            archs.setdefault(module, []).append(arch)
+    if not archs:
+        return ""
+    which = "; ".join(f"{module} for {', '.join(names)}" for module, names in archs.items())
+    return (
+        f"what is kept of Triton {golden.triton} was compiled from other sources: {which}. "
+        f"Run scripts/compile_matrix --triton {golden.triton} --write"
+    )
+
+
+def page(goldens: Iterable[Golden]) -> str:
+    """The page of the docs, with the tables of these results between its markers."""
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(_BEGIN)
+    parts = []
+    for kept in goldens:
+        count = sum(len(rows) for each in kept.rows.values() for rows in each.values())
+        parts.append(f"### Triton {kept.triton}, {count:,} launches\n\n{table(kept)}")
+    body = "\n\n".join(parts)
+    return f"{head}{_BEGIN}\n{body}\n{_END}{rest.partition(_END)[2]}"
+
+
 def table(golden: Golden) -> str:
     """Kernel by architecture in Markdown: the largest of each figure, the least occupancy."""
     kernels = sorted(
@@ -171,4 +219,4 @@ def _lines(data: Any, depth: int) -> str:
 
 
 def _path(triton: str) -> Path:
-    return _FOLDER / f"triton-{triton}.json"
+    return FOLDER / f"triton-{triton}.json"

@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernels.matrix.targets import Target, find
+from kernels.matrix.targets import Target, compiler, find
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,32 +38,36 @@ _JUDGED = {
 
 
 class _Driver:
-    """Knows its target and no device."""
+    """Knows what it compiles for, and no device."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, backend: str, arch: int | str, wave: int) -> None:
+        self.backend, self.arch, self.wave = backend, arch, wave
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget(self.target.backend, self.target.capability, self.target.wave)
+        return GPUTarget(self.backend, self.arch, self.wave)
 
     def get_current_device(self) -> int | str:
-        return self.target.capability
+        return self.arch
 
     def get_current_stream(self, _device: Any) -> int:
         return 0
 
 
-def use_offline_driver(arch: str) -> Target:
-    """Compile for an architecture from now on, in this process."""
+def use_offline_driver(arch: str, wave: int = 32) -> None:
+    """Compile for an architecture from now on, in this process.
+
+    Args:
+        arch: Architecture word, which need not be one of ``TARGETS``.
+        wave: Threads of a warp.
+    """
     import triton
 
-    target = find(arch)
-    if {"cuda": "nvidia", "hip": "amd"}[target.backend] not in triton.backends.backends:
+    backend, name = compiler(arch)
+    if {"cuda": "nvidia", "hip": "amd"}[backend] not in triton.backends.backends:
         sys.exit(f"no offline compiler for {arch} in triton {triton.__version__}")
-    triton.runtime.driver.set_active(_Driver(target))
-    return target
+    triton.runtime.driver.set_active(_Driver(backend, name, wave))
 
 
 class _Compiler:
@@ -184,7 +188,8 @@ def _main() -> None:
     parser.add_argument("--code", default="")
     parser.add_argument("--cases", nargs="*", default=())
     given = parser.parse_args()
-    target = use_offline_driver(given.arch)
+    target = find(given.arch)
+    use_offline_driver(target.arch, target.wave)
     compiler = _Compiler(target, triton.runtime.JITFunction.run, bool(given.module))
     triton.runtime.JITFunction.run = lambda *args, **options: compiler.launch(*args, **options)
     with contextlib.suppress(BrokenPipeError):

@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled launch depends on, as one hash: unchanged sources need no compiling."""
+"""What a compiled launch depends on, as one hash: unchanged sources need no compiling.
+
+Prose does not count: neither comments and docstrings of a module, nor where the sizes of a
+file of configurations come from.
+"""
 
 from __future__ import annotations
 
-__all__ = ["source_hash"]
+__all__ = ["ROOT", "source_hash"]
 
 import ast
 import hashlib
+import io
+import json
 import re
+import tokenize
 from functools import cache
 from pathlib import Path
 
 from kernels.matrix.targets import TARGETS
 
-_ROOT = Path(__file__).resolve().parents[2]
-_PACKAGE = _ROOT / "kernels/bedplate_triton"
+ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = ROOT / "kernels/bedplate_triton"
 _DEVICES = {
     "cuda": ("backends/cuda/bedplate_cuda/ops.py",),
     "hip": (
@@ -40,12 +47,36 @@ def source_hash(arch: str, module: str) -> str:
         files |= {
             p for p in (_PACKAGE / "configs").glob(f"*/{op}.json") if p.parent.name in words
         }
-    files |= {_ROOT / name for name in _DEVICES[TARGETS[arch].backend]}
+    files |= {ROOT / name for name in _DEVICES[TARGETS[arch].backend]}
     digest = hashlib.sha256()
     for path in sorted(files):
-        digest.update(str(path.relative_to(_ROOT)).encode())
-        digest.update(path.read_bytes())
+        digest.update(str(path.relative_to(ROOT)).encode())
+        digest.update(_meaning(path))
     return digest.hexdigest()[:16]
+
+
+@cache
+def _meaning(path: Path) -> bytes:
+    """A file without its prose, as it was when it was first asked for."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        data = json.loads(text)
+        return json.dumps([data["default"], data.get("rules")], sort_keys=True).encode()
+    return _code(text).encode()
+
+
+def _code(text: str) -> str:
+    """The lines of a module that are code, the same for every Python that reads them."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", 0), str):
+            first, last = node.lineno - 1, node.end_lineno or node.lineno
+            lines[first:last] = [""] * (last - first)  # text that nobody reads: a docstring
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def _families(arch: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["TARGETS", "Target", "find"]
+__all__ = ["TARGETS", "Target", "compiler", "find"]
 
 import re
 from dataclasses import dataclass
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 _SCHEDULERS = 4
 """Of a core, on every architecture here."""
+
+
+def compiler(arch: str) -> tuple[str, int | str]:
+    """Triton's words for a compiler and for an architecture, any that it knows."""
+    if arch.startswith("sm_"):
+        return "cuda", int(arch.removeprefix("sm_"))
+    return "hip", arch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +53,6 @@ class Target:
     waves: int
     matrix: str
 
-    @property
-    def capability(self) -> int | str:
-        """The architecture as Triton wants it."""
-        return int(self.arch.removeprefix("sm_")) if self.backend == "cuda" else self.arch
-
     def features(self) -> Features:
         """What the backend of such a device tells the kernels."""
         if self.backend == "hip":
@@ -60,13 +62,13 @@ class Target:
         from bedplate_cuda.ops import with_chain
         from bedplate_triton.features import Features
 
-        narrow = ("float8_e5m2",) if self.capability == 80 else ("float8_e5m2", "float8_e4m3fn")
+        narrow = ("float8_e5m2",) if self.arch == "sm_80" else ("float8_e5m2", "float8_e4m3fn")
         return with_chain(
             Features(
                 arch=self.arch,
                 cores=self.cores,
                 shared_bytes=self.program_bytes,
-                shared_operands=self.capability in (90, 100),
+                shared_operands=self.arch in ("sm_90", "sm_100"),
                 narrow=narrow,
             )
         )

@@ -4,7 +4,9 @@
 As it stands it multiplies bit patterns in ``tl.dot``, gives NaN for arithmetic and truncates
 where it should round (triton-lang/triton#11584, #11585); with numpy from 2.4 on triton 3.6
 cannot run loops whose bound is a tensor (#9171); before 3.8 it does not know the floats of
-eight bits without a negative zero ("fnuz").  ``install`` mends that for tests;
+eight bits without a negative zero ("fnuz"); and it rounds what becomes a float of eight bits
+by its mantissa alone, so 1.97 becomes 1.  From 3.9 on it refuses masks that it has made
+numbers itself, of ``mask & (0 < count)``.  ``install`` mends that for tests;
 ``test_interpreter.py`` checks that it does, so that an upgrade cannot break it in silence.
 """
 
@@ -13,6 +15,15 @@ from __future__ import annotations
 __all__ = ["install"]
 
 import numpy as np
+import torch
+
+_EIGHT_BITS = {
+    "fp8e4nv": torch.float8_e4m3fn,
+    "fp8e5": torch.float8_e5m2,
+    "fp8e4b8": torch.float8_e4m3fnuz,
+    "fp8e5b16": torch.float8_e5m2fnuz,
+}
+"""Triton's names."""
 
 
 def _down(x):
@@ -30,6 +41,7 @@ def install() -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     patch_tensor, patch_core = interpreter._patch_lang_tensor, interpreter._patch_lang_core
     dot, binary, cast = builder.create_dot, builder.binary_op, builder.cast_impl
+    narrowing, store = builder.create_fp_to_fp, builder.create_masked_store
 
     def is_narrow(operand):
         return operand.dtype.scalar == tl.bfloat16
@@ -73,7 +85,19 @@ def install() -> None:
             return handle(up(source).astype(dtype), target.scalar)
         return cast(self, source, target)
 
+    def patched_narrowing(self, source, target, rounding):
+        """To a float of eight bits as torch does it; the rest as it was."""
+        eight = _EIGHT_BITS.get(target.scalar.name)
+        if eight is None or source.dtype.scalar.name in _EIGHT_BITS:
+            return narrowing(self, source, target, rounding)
+        wide = torch.from_numpy(np.array(up(source), np.float32))
+        return handle(wide.to(eight).view(torch.uint8).numpy(), target.scalar)
+
+    def patched_store(self, where, value, mask, *rest):
+        return store(self, where, value, handle(mask.data.astype(np.bool_), tl.int1), *rest)
+
     interpreter._patch_lang_tensor = patched_tensor
     interpreter._patch_lang_core = patched_core
     builder.create_dot, builder.binary_op = patched_dot, patched_binary
-    builder.cast_impl = patched_cast
+    builder.cast_impl, builder.create_fp_to_fp = patched_cast, patched_narrowing
+    builder.create_masked_store = patched_store

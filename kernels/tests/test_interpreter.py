@@ -31,6 +31,13 @@ def _product(a, b, out, count, n: tl.constexpr):
     tl.store(out + where, acc)
 
 
+@triton.jit
+def _some(out, count, n: tl.constexpr):
+    lanes = tl.arange(0, n)
+    for row in tl.static_range(3):
+        tl.store(out + row * n + lanes, 1.0, mask=(lanes < n - 1) & (row < count))
+
+
 def draw(*shape, device):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -52,6 +59,24 @@ def test_every_float_of_eight_bits_is_read_as_torch_reads_it(name, device):
     out = torch.empty(256)
     _cast[(1,)](every, out, 256)
     assert torch.equal(out[finite], every.float()[finite])
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3fn",
+                                  "float8_e5m2"])  # fmt: skip
+def test_floats_of_eight_bits_are_rounded_as_torch_rounds_them(name, given, device):
+    if device.type != "cpu":
+        pytest.skip(f"missing capability: not every device converts {name}")
+    x = torch.cat((torch.linspace(-4, 4, 255), torch.tensor([1.97]))).to(given)
+    out = torch.empty(256).to(getattr(torch, name))
+    _cast[(1,)](x, out, 256)
+    assert torch.equal(out.float(), x.to(out.dtype).float())
+
+
+def test_masks_of_what_is_known_and_what_is_not(device):
+    out = torch.zeros(3, 4, device=device)
+    _some[(1,)](out, 2, 4)
+    assert out.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
 
 
 def test_arithmetic(device):

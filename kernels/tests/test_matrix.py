@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every launch of every case compiled for every architecture, within what the device has.
 
-What lies in ``kernels/matrix/golden`` was compiled from the sources as they are; only what has
-changed since is compiled here, in the default run for one architecture of each vendor.
+What lies in ``kernels/matrix/golden`` was compiled from the sources as they are, which the
+default run checks by their hashes, and that all of it is within its budget.  What has changed
+since is compiled here too, for one architecture of each vendor, so that whoever works on a
+kernel hears of a spill before anything is renewed.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import re
 
 import pytest
 import triton
@@ -16,7 +20,7 @@ from kernels.matrix import sources
 from kernels.matrix.budget import problems
 from kernels.matrix.golden import Golden
 from kernels.matrix.targets import TARGETS
-from kernels.tests.offline import compile_cases, compile_launches, run_offline
+from kernels.tests.offline import compile_cases, run_offline
 
 from bedplate_triton.cases import case_modules
 
@@ -32,12 +36,57 @@ def test_what_has_changed_is_within_its_budget(arch):
     stale = made.stale(arch, MODULES)
     made.put(arch, stale, compile_cases(arch, stale))
     found = [
-        p for name in stale for facts in made.facts(arch, name) for p in problems(arch, facts)
+        p
+        for name in stale
+        for facts in made.facts(arch, name)
+        for p in problems(arch, facts, made.triton)
     ]
     assert found == []
 
 
-@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
+@pytest.mark.parametrize("version", goldens.VERSIONS)
+def test_what_is_kept_was_compiled_from_the_sources_as_they_are(version):
+    assert goldens.why_stale(goldens.load(version), MODULES) == ""
+
+
+def test_a_result_of_other_sources_says_what_to_do():
+    kept = goldens.load("3.6.0")
+    kept.sources["gfx942"]["rope"] = kept.sources["sm_90"]["norm"] = "0" * 16
+    assert goldens.why_stale(kept, MODULES) == (
+        "what is kept of Triton 3.6.0 was compiled from other sources: norm for sm_90; "
+        "rope for gfx942. Run scripts/compile_matrix --triton 3.6.0 --write"
+    )
+
+
+def test_the_oldest_the_pinned_and_the_newest_triton_are_kept():
+    pinned = re.search(r"^triton==(.+)$", (sources.ROOT / "constraints.txt").read_text(), re.M)
+    assert pinned[1] in goldens.VERSIONS
+    assert {f.stem for f in goldens.FOLDER.iterdir()} == {
+        f"triton-{version}" for version in goldens.VERSIONS
+    }
+
+
+@pytest.mark.parametrize("version", goldens.VERSIONS)
+def test_every_kernel_that_is_launched_is_kept(version):
+    package = sources.ROOT / "kernels/bedplate_triton"
+    launched = {
+        name
+        for path in package.glob("*.py")
+        for name in re.findall(r"^ +(_\w+)\[.*\]\($", path.read_text(encoding="utf-8"), re.M)
+    }
+    assert {"_split_kernel", "_write_tokens", "_gemv"} <= launched
+    rows = goldens.load(version).rows
+    for arch in TARGETS:
+        kernels = {row.partition(" of ")[0] for each in rows[arch].values() for row in each}
+        assert kernels == launched
+
+
+def test_the_tables_of_the_docs_are_of_what_is_kept():
+    text = goldens.PAGE.read_text(encoding="utf-8")
+    assert text == goldens.page(goldens.load(version) for version in goldens.VERSIONS)
+
+
+@pytest.mark.parametrize("version", goldens.VERSIONS)
 def test_what_is_kept_is_whole_and_within_its_budget(version):
     kept = goldens.load(version)
     assert kept.rows.keys() == TARGETS.keys()
@@ -47,7 +96,7 @@ def test_what_is_kept_is_whole_and_within_its_budget(version):
         for arch, rows in kept.rows.items()
         for name in rows
         for facts in kept.facts(arch, name)
-        for problem in problems(arch, facts)
+        for problem in problems(arch, facts, version)
     ]
     assert found == []
 
@@ -82,6 +131,10 @@ FINE = {
 }  # fmt: skip
 
 
+LATENT = {"case": "decode_attention: x, latent 128 of 576"}
+AT_A_STEP = {"matrix": ["mma"], "registers": 128}
+
+
 @pytest.mark.parametrize(
     ("arch", "change", "problem"),
     [
@@ -93,8 +146,13 @@ FINE = {
         ("gfx942", {"stack": 4}, "4 bytes spilled, allowed are 0"),
         ("gfx942", {"kernel": "_extend_kernel", "stack": 512}, ""),
         ("gfx942", {"kernel": "_extend_kernel", "stack": 516}, "allowed are 512"),
-        ("gfx1100", {"case": "decode_attention: x, latent 128 of 576", "stack": 2048}, ""),
-        ("gfx942", {"case": "decode_attention: latent 128 of 576", "stack": 2048}, "allowed"),
+        ("gfx1100", LATENT | {"stack": 2048}, ""),
+        ("gfx942", LATENT | {"stack": 2048}, "allowed are 0"),
+        ("gfx1100", LATENT | {"kernel": "_extend_kernel", "stack": 2180}, "allowed are 2,048"),
+        ("sm_90", LATENT | {"matrix": ["wgmma"], "stack": 296}, "allowed are 0"),
+        ("sm_120", AT_A_STEP | {"stack": 32}, ""),
+        ("sm_120", AT_A_STEP | {"stack": 40}, "allowed are 32"),
+        ("sm_120", AT_A_STEP | {"registers": 120, "stack": 8}, "allowed are 0"),
         ("gfx942", {"occupancy": 0}, "not one program fits"),
         ("gfx942", {"matrix": []}, "no matrix instruction"),
         ("gfx942", {"matrix": [], "narrow": False}, ""),
@@ -107,9 +165,23 @@ FINE = {
     ],
 )  # fmt: skip
 def test_budgets(arch, change, problem):
-    found = list(problems(arch, FINE | change))
+    found = list(problems(arch, FINE | change, "3.7.1"))
     assert len(found) == bool(problem)
     assert all(problem in each and arch in each for each in found)
+
+
+@pytest.mark.parametrize(
+    ("arch", "change"),
+    [
+        ("gfx1100", {"kernel": "_extend_kernel", "stack": 2180}),
+        ("sm_90", {"matrix": ["wgmma"], "registers": 255, "stack": 296}),
+    ],
+)
+def test_what_only_the_newest_triton_spills_is_allowed_to_it_alone(arch, change):
+    facts = FINE | LATENT | change
+    assert list(problems(arch, facts, "3.9.0")) == []
+    for version in ("3.6.0", "3.7.1"):
+        assert "spilled, allowed are" in "".join(problems(arch, facts, version))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +240,7 @@ def test_a_change_can_be_read():
 
 
 def test_a_file_comes_back_as_it_was_and_its_table_has_the_worst(tmp_path, monkeypatch):
-    monkeypatch.setattr(goldens, "_FOLDER", tmp_path)
+    monkeypatch.setattr(goldens, "FOLDER", tmp_path)
     kept = goldens.load("3")
     assert kept == Golden(triton="3")
     worse = FINE | {"registers": 200, "occupancy": 2}
@@ -207,6 +279,39 @@ def names(arch, module):
     return {data.decode() for data in seen[::2]}
 
 
+PROSE = '''
+"""Of a module."""
+import a  # why
+SIZE = 3
+"""Of an attribute."""
+
+
+def f(x):
+    """Of a function.
+
+    Of several lines.
+    """
+    return "# text" if x else """more"""
+'''
+
+
+def test_prose_is_not_compiled():
+    assert sources._code(PROSE) == (
+        'import a\nSIZE = 3\ndef f(x):\n    return "# text" if x else """more"""'
+    )
+
+
+def test_where_sizes_come_from_is_not_compiled(tmp_path):
+    def meaning(**change):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(json.dumps({"default": {"a": 1}, "provenance": "x", **change}))
+        return sources._meaning(path)
+
+    assert meaning() == meaning(provenance="y")
+    assert meaning() != meaning(default={"a": 2})
+    assert meaning() != meaning(rules=[{"when": {}, "set": {"a": 2}}])
+
+
 def test_a_hash_is_of_all_that_a_launch_is_compiled_from_and_of_no_more():
     found = names("gfx942", "decode_attention")
     package = "kernels/bedplate_triton/"
@@ -217,28 +322,6 @@ def test_a_hash_is_of_all_that_a_launch_is_compiled_from_and_of_no_more():
     assert "backends/rocm/bedplate_rocm/architectures.py" in found
     assert not {name for name in found if "linear" in name or "sm_90" in name or "rdna" in name}
     assert package + "configs/sm_90/decode_attention.json" in names("sm_90", "decode_attention")
-
-
-WRITE = (
-    "from bedplate_triton.features import Features\n"
-    "def write(slots):\n"
-    "    def rows(count):\n"
-    "        return torch.empty(count, 8, 128, dtype=torch.bfloat16, device='meta')\n"
-    "    pools, new = [rows(slots), rows(slots)], [rows(64), rows(64)]\n"
-    "    where = torch.empty(64, dtype=torch.int32, device='meta')\n"
-    "    write_kv(*new, where, *pools, features=Features())\n"
-    "import torch\n"
-    "write(1 << 10)\n"
-    "write(3 << 20)\n"
-)
-
-
-def test_a_pool_above_two_gib_is_compiled_as_such():
-    """An offset of 32 bits does not reach all of it; what a small one compiles to would."""
-    small, wide = compile_launches("bedplate_triton.kv_write", WRITE, arch="gfx942")
-    assert "buffer_store" in small["assembly"]
-    assert "buffer_store" not in wide["assembly"]
-    assert "global_store" in wide["assembly"]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 16, 32, 64])

@@ -6,17 +6,15 @@ from __future__ import annotations
 __all__ = ["CudaGraphRunner"]
 
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bedplate.graph.runner import GraphRunner
+from bedplate_triton.results import borrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from torch import Tensor
 
     from bedplate.batch.logits import LogitsOutput
     from bedplate.contract import GraphRunnerRequest
@@ -42,7 +40,7 @@ class CudaGraphRunner(GraphRunner):
             graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"
         ):
             output = run()
-        return _borrow(output)
+        return borrow(output, "__cuda_array_interface__")
 
     def replay_graph(self, graph: torch.cuda.CUDAGraph) -> None:
         """Launch on the current stream."""
@@ -60,40 +58,3 @@ class CudaGraphRunner(GraphRunner):
         with torch.cuda.stream(self._stream):
             yield
         home.wait_stream(self._stream)
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """Device memory that somebody else owns, as torch takes it over."""
-
-    __cuda_array_interface__: dict[str, Any]
-
-
-def _borrow(output: LogitsOutput) -> LogitsOutput:
-    """The same results without owning their memory.
-
-    The pool then gives it to the next graph too: results are valid until the next replay
-    anyway, and logits of every bucket would take gigabytes.  The graphs keep the pool.
-    """
-    hidden, tokens = output.hidden_states, output.tokens
-    return replace(
-        output,
-        next_token_logits=_alias(output.next_token_logits),
-        hidden_states=None if hidden is None else _alias(hidden),
-        tokens=None if tokens is None else _alias(tokens),
-    )
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """A view of the tensor's memory that does not keep it."""
-    size = tensor.element_size()
-    memory = _Memory(
-        {
-            "shape": tuple(tensor.shape),
-            "strides": tuple(step * size for step in tensor.stride()),
-            "typestr": "|i1" if size == 1 else f"<i{size}",
-            "data": (tensor.data_ptr(), False),
-            "version": 3,
-        }
-    )
-    return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from kernels.tests.pools import Pool, as_tensor
 
 from bedplate.batch.forward_mode import CaptureHiddenMode
 from bedplate.contract import GraphRunnerRequest
@@ -62,15 +63,19 @@ def log(monkeypatch):
         "graph_pool_handle": lambda: "pool",
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    # Only device memory can be borrowed; tests/test_device.py does.
-    monkeypatch.setattr("bedplate_cuda.graph._borrow", lambda output: output)
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
     return calls
 
 
 class Runner(CudaGraphRunner):
+    """Keeps what a graph must run again; results lie in its memory."""
+
+    memory = None
+
     def capture_graph(self, graph, run):
+        self.memory = self.memory or Pool()
         graph.run = run
-        graph.output = super().capture_graph(graph, run)
+        graph.output = super().capture_graph(graph, lambda: self.memory.place_results(run()))
         return graph.output
 
 
@@ -114,6 +119,14 @@ def test_replay_equals_eager(bench, lengths):
         expected = model(batch).next_token_logits
         assert runner.can_run(batch)
         torch.testing.assert_close(runner.replay(batch).next_token_logits, expected)
+
+
+def test_results_of_all_graphs_share_their_memory(bench):
+    runner, attention, _model = bench
+    batches = [decode_batch(lengths, attention) for lengths in ([3], [1, 2, 3, 4])]
+    first, second = (runner.replay(batch).next_token_logits for batch in batches)
+    assert first.data_ptr() == second.data_ptr()
+    assert runner.memory.most_bytes == second.nbytes
 
 
 def test_nothing_is_left_abstract():

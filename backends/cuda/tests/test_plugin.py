@@ -6,12 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bedplate.contract import ActivateRequest, ProbeRequest
+from bedplate.contract import ActivateRequest, Decision, ProbeRequest
 from bedplate.errors import BackendUnavailableError, ConfigError
 from bedplate.registry import survey
 from bedplate.registry.select import BackendRequest, select_backend
 from bedplate_cuda import driver, runtime
 from bedplate_cuda.plugin import backend
+from bedplate_triton import configs
 
 CUDA = driver.TorchBuild(version="2.11.0+cu130")
 HOST = driver.TorchBuild(version="2.13.0+cpu", problem="built without CUDA")
@@ -110,6 +111,12 @@ def test_host_build_of_torch_is_refused_when_taken(monkeypatch):
     with pytest.raises(BackendUnavailableError) as caught:
         runtime.CudaRuntime(ActivateRequest())
     assert caught.value.code == "HW011"
+
+
+def test_sizes_that_do_not_fit_are_for_explain(monkeypatch):
+    record = Decision(point="sizes.linear", chosen="default", candidates=())
+    monkeypatch.setattr(configs, "_refusals", [record])
+    assert object.__new__(runtime.CudaRuntime).decisions() == (record,)
 
 
 def test_unknown_option_is_refused():

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bedplate.graph.runner import GraphRunner
-from bedplate_rocm import settings
-from bedplate_rocm.runtime import HipRuntime
-from bedplate_triton import configs
+from bedplate_triton.results import borrow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Iterator
 
     from bedplate.batch.logits import LogitsOutput
     from bedplate.contract import GraphRunnerRequest
@@ -34,18 +32,6 @@ class HipGraphRunner(GraphRunner):
     def __init__(self, request: GraphRunnerRequest) -> None:
         super().__init__(request)
         self._stream = torch.cuda.Stream(request.runtime.device)  # type: ignore[no-untyped-call]
-        self._recorded = 0
-        if isinstance(request.runtime, HipRuntime):
-            for decision in settings.decisions(request.runtime.environment):
-                request.record(decision)
-
-    def capture(self, first: Collection[int] | None = None) -> None:
-        """As the core does; then note which launch sizes did not fit the device."""
-        super().capture(first)
-        refused = configs.refusals()
-        for decision in refused[self._recorded :]:
-            self.request.record(decision)
-        self._recorded = len(refused)
 
     def create_graph(self, key: ShapeKey) -> torch.cuda.CUDAGraph:
         """An empty graph."""
@@ -58,7 +44,8 @@ class HipGraphRunner(GraphRunner):
         with torch.cuda.graph(
             graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"
         ):
-            return run()
+            output = run()
+        return borrow(output, "__cuda_array_interface__")
 
     def replay_graph(self, graph: torch.cuda.CUDAGraph) -> None:
         """Launch on the current stream."""

@@ -23,13 +23,14 @@ from bedplate.contract import (
     MemoryStatus,
 )
 from bedplate.errors import BackendUnavailableError, ConfigError
-from bedplate_rocm import driver
+from bedplate_rocm import driver, settings
 from bedplate_rocm.architectures import ARCHITECTURES, arch_word, find
-from bedplate_rocm.settings import has_expandable_segments
 from bedplate_triton.runtime import TritonRuntime
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from bedplate.contract import Decision
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _EXPANDABLE = (
@@ -68,6 +69,10 @@ class HipRuntime(TritonRuntime):
         self.environment: Mapping[str, str] = dict(request.environment)
         super().__init__(device)
 
+    def decisions(self) -> Sequence[Decision]:
+        """Of the kernels, and settings of the environment that are proposed."""
+        return (*super().decisions(), *settings.decisions(self.environment))
+
     def memory(self) -> MemoryStatus:
         """What the device says; of memory shared with the host no more than is free there."""
         found = super().memory()
@@ -84,7 +89,7 @@ def capabilities(runtime: DeviceRuntime) -> BackendCapabilities:
     """What the device of an activated runtime can do."""
     assert isinstance(runtime, HipRuntime)
     properties = torch.cuda.get_device_properties(runtime.device)
-    expandable = has_expandable_segments(runtime.environment)
+    expandable = settings.has_expandable_segments(runtime.environment)
     return BackendCapabilities(
         device_type="cuda",
         arch=runtime.arch,

@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
+from kernels.tests.pools import Pool, as_tensor
 
 from bedplate.contract import ActivateRequest
 from bedplate_rocm.ops import _features
@@ -43,7 +44,8 @@ class HipSurface:
         log: What was asked, in order.
         loaded: Kernels whose code the device has.
         capture: The capture that is going on: mode, thread, pool and what ended it.
-        broken_pools: Pools that a failed capture left unusable.
+        pools: Memory of graphs, by the handle of their pool.
+        broken_pools: Handles of pools that a failed capture left unusable.
         failure: Raised when the device is taken.
         free_bytes: What ``mem_get_info`` says is free.
     """
@@ -54,13 +56,14 @@ class HipSurface:
             major=9, minor=4, is_integrated=False,
         )  # fmt: skip
         self.log, self.loaded, self.broken_pools = [], set(), set()
-        self.capture, self.failure, self.free_bytes, self._pools = None, None, 100 * GIB, 0
+        self.capture, self.failure, self.free_bytes, self.pools = None, None, 100 * GIB, {}
         self.home, self.current = self._stream("home"), None
         self.current = self.home
         _features.cache_clear()
         monkeypatch.setattr(torch.version, "hip", "7.1.0", raising=False)
         monkeypatch.setattr(torch.version, "cuda", None)
         ones = torch.ones
+        monkeypatch.setattr(torch, "as_tensor", as_tensor)
         monkeypatch.setattr(torch, "ones", lambda *a, device=None, **o: ones(*a, **o))
         for name in (
             "set_device", "get_device_properties", "mem_get_info", "synchronize", "graph",
@@ -123,8 +126,9 @@ class HipSurface:
         self.log.append("wait")
 
     def _graph_pool_handle(self):
-        self._pools += 1
-        return f"pool {self._pools}"
+        handle = f"pool {len(self.pools) + 1}"
+        self.pools[handle] = Pool()
+        return handle
 
     def _stream(self, name):
         if not isinstance(name, str):  # torch.cuda.stream(stream)

@@ -15,6 +15,7 @@ from backends.rocm.tests.paged import run
 from bedplate.contract import AttentionCallSpec, AttentionRequest
 from bedplate.reference.attention import ReferenceAttention
 from bedplate_rocm import aiter_attention as module
+from bedplate_rocm.architectures import arch_word
 
 CALL = AttentionCallSpec(
     call_id=0, module="attn", num_heads=6, num_kv_heads=2, head_dim=32, value_dim=32, scale=0.2
@@ -93,6 +94,21 @@ def test_equals_the_reference(library, call, fresh):
     ours = run(module.AiterAttention, call, lengths, fresh)
     theirs = run(ReferenceAttention, call, lengths, fresh)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.accelerator
+@pytest.mark.skipif(torch.version.hip is None, reason="missing capability: torch for ROCm")
+@pytest.mark.parametrize("fresh", [(1, 1, 1), (16, 20, 1)], ids=["decode", "prompts"])
+def test_the_library_of_this_machine_equals_the_reference(fresh):
+    call = replace(CALL, head_dim=128, value_dim=128, scale=0.09)
+    arch = arch_word(torch.cuda.get_device_properties(0).gcnArchName)
+    asked = {**ASKED, "calls": (call,), "arch": arch}
+    if not (answer := module.provider.supports(AttentionRequest(**asked))):
+        pytest.skip(f"missing capability: {answer.reason}")
+    lengths, bits = (16, 70, 1), {"dtype": torch.bfloat16}
+    ours = run(module.AiterAttention, call, lengths, fresh, **bits)
+    theirs = run(ReferenceAttention, call, lengths, fresh, **bits)
+    torch.testing.assert_close(ours, theirs, atol=3e-2, rtol=3e-2)
 
 
 def test_it_is_possible_where_everything_is_there(library):

@@ -15,16 +15,15 @@ from bedplate.contract import GraphRunnerRequest
 from bedplate.testing.tiny_decoder import TinyAttention, TinyDecoder, decode_batch
 from bedplate_rocm.graph import HipGraphRunner
 from bedplate_rocm.plugin import backend
-from bedplate_triton import configs
-from bedplate_triton.features import Features
 
 
 class Runner(HipGraphRunner):
-    """Keeps what a graph must run again."""
+    """Keeps what a graph must run again; results lie in the memory of its pool."""
 
     def capture_graph(self, graph, run):
+        pool = graph.surface.pools[self.pool]
         graph.run = run
-        graph.output = super().capture_graph(graph, run)
+        graph.output = super().capture_graph(graph, lambda: pool.place_results(run()))
         return graph.output
 
 
@@ -98,6 +97,15 @@ def test_replay_equals_eager(bench, lengths):
     compare(bench, runner, lengths)
 
 
+def test_results_of_all_graphs_share_their_memory(bench):
+    """A bucket's results keep no memory that the next one could use."""
+    runner, _dropped = capture(bench)
+    batches = [decode_batch(lengths, bench.attention) for lengths in ([3], [1, 2, 3, 4])]
+    first, second = (runner.replay(batch).next_token_logits for batch in batches)
+    assert first.data_ptr() == second.data_ptr()
+    assert bench.hip.pools["pool 1"].most_bytes == second.nbytes
+
+
 def test_other_threads_may_ask_for_events(bench):
     """As the thread that watches collectives does, all the time."""
     runner, dropped = capture(bench, lambda _batch: bench.hip.query_event_elsewhere())
@@ -135,33 +143,6 @@ def test_a_capture_that_breaks_off_is_recorded_and_the_next_one_works(bench, tra
     assert [key.batch_size for key in runner.captured] == [1]
     assert bench.hip.broken_pools == {"pool 1"}
     compare(bench, runner, [2])
-
-
-def test_settings_of_the_environment_are_recorded(bench):
-    capture(bench)
-    chosen = {r.point: r.chosen for r in bench.records if r.point.startswith("environment.")}
-    assert chosen == {
-        "environment.HIP_FORCE_DEV_KERNARG": "1",
-        "environment.TORCH_BLAS_PREFER_HIPBLASLT": "not set",
-    }
-
-
-def test_sizes_that_do_not_fit_are_recorded_once(bench, monkeypatch):
-    monkeypatch.setattr(configs, "_refusals", [])
-    sizes = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
-    large, small = (
-        configs.ConfigFile(
-            folder=folder, op="invariant", rules=(), provenance={}, default=sizes | change
-        )
-        for folder, change in (("gfx942", {}), ("default", {"BLOCK_K": 16}))
-    )
-    monkeypatch.setattr(configs, "_files", lambda *_: (large, small))
-    features = Features(arch="gfx942", family="cdna", wave=64, shared_bytes=30 << 10)
-    runner, _dropped = capture(bench, lambda _: configs.choose("invariant", features, bytes=2))
-    runner.capture()
-    (record,) = (record for record in bench.records if record.point.startswith("sizes."))
-    assert (record.point, record.chosen) == ("sizes.invariant", "default")
-    assert "65,536 bytes of shared memory" in record.candidates[0].reason
 
 
 def test_the_backend_makes_such_a_runner(bench):

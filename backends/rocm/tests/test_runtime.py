@@ -15,6 +15,7 @@ from bedplate.errors import BackendUnavailableError, ConfigError
 from bedplate_rocm.ops import device_features, register
 from bedplate_rocm.plugin import backend
 from bedplate_rocm.runtime import HipRuntime, capabilities
+from bedplate_triton import configs
 
 
 def test_capabilities_are_those_of_the_architecture(hip):
@@ -75,6 +76,31 @@ def test_memory_shared_with_the_host_is_no_more_than_is_free_there(
     found = hip.runtime().memory()
     assert (found.free_bytes, found.total_bytes) == (free, 192 * GIB)
     assert found.allocated_bytes == 2 * GIB
+
+
+def test_settings_of_the_environment_and_sizes_that_do_not_fit_are_for_explain(
+    hip, monkeypatch
+):
+    monkeypatch.setattr(configs, "_refusals", [])
+    sizes = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+    large, small = (
+        configs.ConfigFile(
+            folder=folder, op="invariant", rules=(), provenance={}, default=sizes | change
+        )
+        for folder, change in (("gfx942", {}), ("default", {"BLOCK_K": 16}))
+    )
+    monkeypatch.setattr(configs, "_files", lambda *_: (large, small))
+    runtime = hip.runtime(HIP_FORCE_DEV_KERNARG="1")
+    for _ in range(2):
+        configs.choose("invariant", device_features(), bytes=2)
+    found = {each.point: each for each in runtime.decisions()}
+    assert len(found) == len(runtime.decisions())
+    assert {point: each.chosen for point, each in found.items()} == {
+        "sizes.invariant": "default",
+        "environment.HIP_FORCE_DEV_KERNARG": "1",
+        "environment.TORCH_BLAS_PREFER_HIPBLASLT": "not set",
+    }
+    assert "66,560 bytes of shared memory" in found["sizes.invariant"].candidates[0].reason
 
 
 def test_one_life(hip):

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     import torch
     from torch import Tensor
+
+    from bedplate.contract.decisions import Decision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +120,13 @@ class DeviceRuntime(ABC):
 
     def ready(self) -> None:  # noqa: B027 - optional, and doing nothing is right
         """Start-up is over: whatever takes long from now on, requests wait for. Optional."""
+
+    def decisions(self) -> Sequence[Decision]:
+        """What was chosen below the core during start-up, for ``explain``. Optional.
+
+        Such as launch sizes that did not fit the device; asked once, when start-up is over.
+        """
+        return ()
 
     def shutdown(self) -> None:  # noqa: B027 - optional, and doing nothing is right
         """Give the device back. Optional; called once, also after a failed start."""

@@ -176,6 +176,9 @@ class ModelRunner:
                 self.stage_seconds[name] = perf_counter() - begin
                 logger.debug("%s took %.2f s", name, self.stage_seconds[name])
         self.bound.runtime.ready()
+        for decision in self.bound.runtime.decisions():
+            with self.decisions.choosing(decision.point) as decide:
+                decide(decision)
 
     def _run_stage(self, name: str, stage: Callable[[], None]) -> None:
         try:

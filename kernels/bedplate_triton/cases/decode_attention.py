@@ -12,6 +12,7 @@ __all__ = [
     "LARGE_POOL",
     "MODELS",
     "PAGES",
+    "WIDE_POOL",
     "around",
     "call_options",
     "draw",
@@ -70,7 +71,7 @@ CALLS = {
 LARGE_POOL = 128 << 20
 """Bytes of the pools of a large case: more than any cache between them and a core."""
 
-_WIDE_POOL = 5 << 30
+WIDE_POOL = 5 << 30
 """The same on ``meta``: more than an offset of 32 bits reaches, as caches are in earnest."""
 
 PAGES = (
@@ -113,7 +114,7 @@ def paged_cache(
     page_bytes = page * call.num_kv_heads * len(sizes) * max(sizes) * dtype.itemsize
     counts = [-(-length // page) for length in lengths]
     if least_bytes and device.type == "meta":
-        least_bytes = _WIDE_POOL
+        least_bytes = WIDE_POOL
     pages = max(sum(counts) + 3, least_bytes // page_bytes)
     order = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(seed)).int() + 1
     table = torch.zeros((len(lengths) + 1, max(*lengths, 1)), dtype=torch.int32)

@@ -13,6 +13,7 @@ import torch
 from bedplate import ForwardBatch, ForwardMode, ModelRunner, SamplingParams, demo
 from bedplate.batch.schedule_batch import ScheduleBatch
 from bedplate.config import EngineConfig
+from bedplate.contract import Candidate, Decision
 from bedplate.errors import BedplateError, ContractError, DeviceMemoryError
 from bedplate.reference.attention import ReferenceAttention, reference_provider, store
 from bedplate.reference.ops import OPERATIONS
@@ -177,6 +178,20 @@ def test_a_stage_that_fails_is_explained_by_the_backend():
     made.stages = lambda: (("load_model", fail),)
     with pytest.raises(BedplateError, match="plainly: vendor code 17"):
         made.initialize()
+    made.bound.shutdown()
+
+
+def test_what_is_chosen_below_the_core_is_on_record_once_start_up_is_over(monkeypatch):
+    made = make()
+    small = Candidate(name="small", verdict="chosen", reason="the large did not fit")
+    choice = Decision(point="sizes.op", chosen="small", candidates=(small,))
+    found = []
+    runtime = made.bound.runtime
+    monkeypatch.setattr(runtime, "ready", lambda: found.append(choice))
+    monkeypatch.setattr(runtime, "decisions", lambda: found)
+    made.initialize()
+    assert [d for d in made.decisions if d.point == "sizes.op"] == [choice]
+    assert not made.decisions.unexplained()
     made.bound.shutdown()
 
 
