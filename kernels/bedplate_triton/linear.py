@@ -164,8 +164,10 @@ def _by_torch(
     if act is None:
         return functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    out = x.new_empty((len(rows), len(weight) // 2))
     slice_rows = 1 << max(1, _SLICE // len(weight)).bit_length() - 1
+    # Storage for whole slices: passes of unlike lengths then ask for the same memory.
+    spare = -len(rows) % slice_rows if len(rows) > slice_rows else 0
+    out = x.new_empty((len(rows) + spare, len(weight) // 2))[: len(rows)]
     for some, result in zip(rows.split(slice_rows), out.split(slice_rows), strict=True):
         # No name for the product: it would live on while the next is made.
         act_and_mul(functional.linear(some, weight, bias), act, features=features, out=result)

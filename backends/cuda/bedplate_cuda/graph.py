@@ -5,7 +5,7 @@ from __future__ import annotations
 
 __all__ = ["CudaGraphRunner"]
 
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,19 +35,11 @@ class CudaGraphRunner(GraphRunner):
     def capture_graph(
         self, graph: torch.cuda.CUDAGraph, run: Callable[[], LogitsOutput]
     ) -> LogitsOutput:
-        """Record on the side stream; other threads may go on using the device meanwhile.
-
-        Not by ``torch.cuda.graph``, which gives all cached memory back before every capture:
-        passes between captures would get it anew each time, which takes as long as they do.
-        """
-        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-        try:
+        """Record on the side stream; other threads may go on using the device meanwhile."""
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             output = run()
-        except BaseException:
-            with suppress(RuntimeError):  # what broke the capture is told, not that it broke
-                graph.capture_end()
-            raise
-        graph.capture_end()
         return borrow(output, "__cuda_array_interface__")
 
     def replay_graph(self, graph: torch.cuda.CUDAGraph) -> None:

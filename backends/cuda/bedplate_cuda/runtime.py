@@ -8,8 +8,6 @@ from __future__ import annotations
 
 __all__ = ["NARROW", "CudaRuntime", "capabilities"]
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from bedplate.contract import (
@@ -23,22 +21,14 @@ from bedplate.errors import BackendUnavailableError, ConfigError
 from bedplate_cuda import driver
 from bedplate_triton.runtime import TritonRuntime
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 _OLDEST = (8, 0)
 _DTYPES = ("bfloat16", "float16", "float32")
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 NARROW = ("float8_e5m2", "float8_e4m3fn")
 """Torch dtypes of eight bits for the cache; the second from compute capability 8.9 on."""
 
 
 class CudaRuntime(TritonRuntime):
     """The device ``request.device_index``, current in the thread that made the runtime.
-
-    Attributes:
-        capability: Major and minor compute capability.
-        allocator: How torch's allocator gets memory from the driver, for people.
 
     Raises:
         ConfigError: An option was given; there is none.
@@ -59,13 +49,11 @@ class CudaRuntime(TritonRuntime):
             )
         device = torch.device("cuda", request.device_index)
         self.capability = _take(device)
-        self.allocator = _set_allocator(request.environment)
         super().__init__(device)
 
 
 def capabilities(runtime: DeviceRuntime) -> BackendCapabilities:
     """What the device of an activated runtime can do."""
-    assert isinstance(runtime, CudaRuntime)
     properties = torch.cuda.get_device_properties(runtime.device)
     capability = (properties.major, properties.minor)
     return BackendCapabilities(
@@ -92,23 +80,9 @@ def capabilities(runtime: DeviceRuntime) -> BackendCapabilities:
             "driver": driver.driver_version() or "unknown",
             "toolkit": str(torch.version.cuda),
             "multiprocessors": str(properties.multi_processor_count),
-            "allocator": runtime.allocator,
             "communicator": "nccl",
         },
     )
-
-
-def _set_allocator(environment: Mapping[str, str]) -> str:
-    """Have torch's memory grow in place, unless the user says how it is to be kept.
-
-    Passes of all lengths then share one run of addresses, instead of each leaving pieces that
-    the next cannot use (docs/decisions/0037-memory-that-grows-in-place.md).
-    """
-    told = next((name for name in _ALLOCATOR if name in environment), None)
-    if told is not None:
-        return f"as {told} says"
-    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    return "segments grow in place"
 
 
 def _take(device: torch.device) -> tuple[int, int]:

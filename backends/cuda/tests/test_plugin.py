@@ -106,23 +106,6 @@ def test_device_that_cannot_be_used_is_refused(monkeypatch, fake, code, parts):
     assert all(part in caught.value.message for part in parts)
 
 
-@pytest.mark.parametrize(
-    ("environment", "said", "set_to"),
-    [
-        ({}, "segments grow in place", ["expandable_segments:True"]),
-        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "as PYTORCH_ALLOC_CONF says", []),
-        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, "as PYTORCH_CUDA_ALLOC_CONF says", []),
-    ],
-)
-def test_memory_grows_in_place_unless_the_user_says_how(monkeypatch, environment, said, set_to):
-    FakeCuda(monkeypatch)
-    told = []
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
-    monkeypatch.setattr(runtime.TritonRuntime, "__init__", lambda _self, _device: None)
-    taken = runtime.CudaRuntime(ActivateRequest(environment=environment))
-    assert (taken.allocator, told) == (said, set_to)
-
-
 def test_host_build_of_torch_is_refused_when_taken(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(BackendUnavailableError) as caught:

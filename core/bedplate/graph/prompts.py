@@ -14,7 +14,7 @@ Shapes: T new tokens, B requests, R rows of logits; a graph has T and B of its o
 
 from __future__ import annotations
 
-__all__ = ["PromptGraphs", "prompts_decision", "token_sizes"]
+__all__ = ["MOST_REQUESTS", "PromptGraphs", "prompts_decision", "token_sizes"]
 
 import logging
 from collections import Counter
@@ -108,6 +108,7 @@ class PromptGraphs:
         forward: Runs the model on a prepared batch.
         sizes: Numbers of tokens to record, ascending.
         max_requests: Most requests of a pass.
+        longest: Most new tokens of one request; all of a pass when not given.
 
     Attributes:
         sizes: As given.
@@ -121,8 +122,10 @@ class PromptGraphs:
         *,
         sizes: tuple[int, ...],
         max_requests: int,
+        longest: int | None = None,
     ) -> None:
         self.sizes = sizes
+        self._longest = longest or sizes[-1]
         self.stats = GraphStats()
         self._runner = runner
         self._forward = forward
@@ -254,21 +257,25 @@ class PromptGraphs:
         return True
 
     def _dummy(self, size: int) -> ForwardBatch:
-        """The slots' first ``size`` tokens as one prompt of row 0, in slot 0.
+        """The slots' first ``size`` tokens as few prompts, the first the longest, in slot 0.
 
-        It has a prefix: attention may have another way for whole prompts, which is no way
+        They have a prefix: attention may have another way for whole prompts, which is no way
         for the rest.
         """
         batch = _cut(self._slots, size)
         for tensor in _tensors(batch):
             tensor.zero_()
         assert batch.extend is not None
+        starts = range(0, size, self._longest)
+        counts = torch.tensor([min(self._longest, size - start) for start in starts])
+        real = slice(len(counts))
+        batch.extend.start_loc[real] = torch.tensor(starts)
         for lens in (batch.extend.seq_lens, batch.extend.seq_lens_cpu):
-            lens[0] = size
+            lens[real] = counts
         for lens in (batch.extend.prefix_lens, batch.extend.prefix_lens_cpu):
-            lens[0] = 1
+            lens[real] = 1
         for lens in (batch.seq_lens, batch.seq_lens_cpu):
-            lens[0] = size + 1
+            lens[real] = counts + 1
         return batch
 
     def _find(self, batch: ForwardBatch) -> Captured | Refusal:

@@ -35,6 +35,7 @@ from bedplate.graph.buckets import capture_sizes, first_sizes, memory_class, pad
 from bedplate.graph.capture_state import freeze_gc
 from bedplate.graph.pool import set_global_graph_memory_pool
 from bedplate.graph.prompts import (
+    MOST_REQUESTS,
     PromptGraphs,
     prompts_decision,
     token_sizes,
@@ -588,20 +589,22 @@ class ModelRunner:
 
     def _make_prompt_graphs(self, runner: GraphRunner) -> PromptGraphs | None:
         """``None`` where attention bakes lengths in, or nobody wants them."""
-        longest = self._longest_prompt()
+        longest, requests = self._longest_prompt(), self.plan.max_running_requests
+        most = min(self.config.chunked_prefill_tokens, longest * min(requests, MOST_REQUESTS))
         sizes = self.config.capture_tokens
         if sizes is None:
             sizes = self._token_sizes
         if sizes is None:
-            sizes = token_sizes(longest)
-        sizes = tuple(size for size in sizes if size <= longest)
+            sizes = token_sizes(most)
+        sizes = tuple(size for size in sizes if size <= most)
         if not sizes or not self.attention.extend_recordable:
             return None
         return PromptGraphs(
             runner,
             self.model.forward,
             sizes=sizes,
-            max_requests=self.plan.max_running_requests,
+            max_requests=requests,
+            longest=longest,
         )
 
     def _why_no_prompts(self) -> str:

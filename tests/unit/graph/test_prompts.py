@@ -191,6 +191,24 @@ def test_a_capture_that_fails_is_recorded_and_no_other_tried(made):
     assert not prompts.capture_next()
 
 
+def test_a_pass_is_recorded_with_requests_as_long_as_there_can_be(bench, monkeypatch):
+    it = bench()
+    seen, prepare = [], it.attention.prepare
+
+    def look(batch):
+        batch.check()
+        seen.append((batch.extend.seq_lens_cpu.tolist(), batch.extend.start_loc.tolist()))
+        prepare(batch)
+
+    monkeypatch.setattr(it.attention, "prepare", look)
+    prompts = PromptGraphs(it.runner, it.forward, sizes=(4, 12), max_requests=3, longest=5)
+    prompts.capture((4, 12))
+    assert seen == [([5, 5, 2], [0, 5, 10]), ([4, 0, 0], [0, 0, 0])]
+    batch = prompt_batch([5, 2, 5], it.attention, prefixes=[1, 0, 4])
+    expected = it.eager(batch).next_token_logits
+    torch.testing.assert_close(replay(it, prompts, batch), expected)
+
+
 def test_rehearsal_runs_every_size_and_records_none(made):
     it, prompts = made
     prompts.rehearse()
