@@ -168,7 +168,9 @@ def _by_torch(
     # Storage for whole slices: passes of unlike lengths then ask for the same memory.
     spare = -len(rows) % slice_rows if len(rows) > slice_rows else 0
     out = x.new_empty((len(rows) + spare, len(weight) // 2))[: len(rows)]
-    for some, result in zip(rows.split(slice_rows), out.split(slice_rows), strict=True):
+    for some, result in zip(
+        torch.split(rows, slice_rows), torch.split(out, slice_rows), strict=True
+    ):
         # No name for the product: it would live on while the next is made.
         act_and_mul(functional.linear(some, weight, bias), act, features=features, out=result)
     return out.view(*x.shape[:-1], -1)
