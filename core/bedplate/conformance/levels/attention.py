@@ -129,7 +129,7 @@ def _serves(provider: AttentionProvider, case: AttentionCase) -> bool:
 def _case(subject: Subject, work: str) -> AttentionCase:
     return AttentionCase(
         name=work, call=CALLS["plain"], work=PASSES[work], dtype="float32",
-        kv_dtype="float32", page_size=subject.capabilities.memory.page_sizes[0],
+        kv_dtype="float32", page_size=subject.page_size,
     )  # fmt: skip
 
 

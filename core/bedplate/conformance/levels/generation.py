@@ -139,10 +139,12 @@ def _same_bits(subject: Subject) -> None:
 
 def _prefix_reuse(subject: Subject) -> dict[str, float]:
     """A request that finds its prefix in the cache is right, and so is its neighbour."""
-    oracle = _oracle(subject)
-    base = oracle.prompts((64,))[0]
-    prompts = [base, base[:40] + oracle.prompts((9,))[0], base[:64]]
-    with oracle.engine(subject, page_size=_page(subject)) as engine:
+    oracle, page = _oracle(subject), _page(subject)
+    length = 2 * max(page, 32)
+    base, other = oracle.prompts((length,))[0], oracle.prompts((9,))[0]
+    prompts = [base, base[: length * 5 // 8] + other, base]
+    room = {"max_context_len": length + 32, "max_total_tokens": 16 * length}
+    with oracle.engine(subject, page_size=page, **room) as engine:
         first = engine.generate([base], greedy(prompt_logprobs=None))
         outputs = engine.generate(prompts, greedy(prompt_logprobs=None))
     require(outputs[1].cached_tokens > 0, "a shared prefix is computed again")
@@ -151,7 +153,9 @@ def _prefix_reuse(subject: Subject) -> dict[str, float]:
 
 
 def _page(subject: Subject) -> int:
-    return min(subject.capabilities.memory.page_sizes[0], 32)
+    """The first choice if it is small, as prompts are here; else the smallest that there is."""
+    sizes = subject.capabilities.memory.page_sizes
+    return next((size for size in sizes if size <= 32), min(sizes))
 
 
 def _seeds(subject: Subject) -> None:
