@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bedplate.conformance.check import Check, Wrong, require
+from bedplate.conformance.graph_attention import choose_attention
 from bedplate.conformance.oracle import NEW, Oracle, greedy
 from bedplate.contract.decisions import Support
 from bedplate.errors import RequestTooLongError
@@ -60,9 +61,8 @@ def checks(subject: Subject) -> Iterator[Check]:
         yield Check(level=6, name=f"condition/page_of_{size}", run=run)
     graphs = Support.yes() if have.graph.default else Support.no("graph.default is off")
     yield Check(
-        level=6, name="condition/graphs", declared=graphs, attempt=False,
-        run=partial(_condition, {"graphs": True, "capture_sizes": (1, 2, 4, 8)}),
-    )  # fmt: skip
+        level=6, name="condition/graphs", declared=graphs, attempt=False, run=_graphs
+    )
     same_bits = (
         Support.yes()
         if have.determinism == "batch_invariant"
@@ -103,6 +103,19 @@ def _condition(settings: dict[str, Any], subject: Subject) -> dict[str, float]:
     with oracle.engine(subject, **settings) as engine:
         outputs = engine.generate(prompts, greedy(prompt_logprobs=None))
     return oracle.parity(prompts, outputs).check(_limit(subject))
+
+
+def _graphs(subject: Subject) -> dict[str, float]:
+    """Recorded passes, by the attention that they are made for, in its finest dtype."""
+    dtype, _ = choose_attention(subject.bound)
+    oracle = _oracle(subject, dtype=dtype)
+    prompts = oracle.prompts()
+    with oracle.engine(subject, graphs=True, capture_sizes=(1, 2, 4, 8)) as engine:
+        outputs = engine.generate(prompts, greedy(prompt_logprobs=None))
+        graphs = engine.runner.graph_runner
+        replays = 0 if graphs is None else sum(graphs.stats.replays.values())
+    require(replays, "graphs are declared as the default, and no pass is replayed")
+    return oracle.parity(prompts, outputs).check(_limit(subject, dtype))
 
 
 def _alone_and_together(subject: Subject) -> dict[str, float]:
