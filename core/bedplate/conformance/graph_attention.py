@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bedplate.conformance.cases.attention import DTYPES
 from bedplate.contract.attention import (
     AttentionBackend,
     AttentionBuild,
@@ -41,8 +42,6 @@ _CALL = AttentionCallSpec(
     call_id=0, module="attention", num_heads=1, num_kv_heads=1, head_dim=64, value_dim=64,
     scale=0.125,
 )  # fmt: skip
-_DTYPES = ("float32", "float16", "bfloat16")
-"""From the finest to the coarsest."""
 
 
 class BenchAttention(ABC):
@@ -158,7 +157,7 @@ def choose_attention(bound: BoundBackend) -> tuple[str, AttentionProvider]:
         UnsupportedError: There is none.
     """
     have, refusals = bound.capabilities, []
-    for dtype in _DTYPES:
+    for dtype in DTYPES:
         if dtype not in have.compute_dtypes or dtype not in have.kv_dtypes:
             continue
         request = AttentionRequest(
