@@ -12,7 +12,7 @@ need not agree.  What the published kernels show (A2 and A3, CANN's ops-nn and o
 | operator | rounds |
 |---|---|
 | rms_norm, gemma_rms_norm | once, after the weight |
-| add_rms_norm | after the norm and after the weight; bfloat16 norms a sum that was not rounded |
+| add_rms_norm | the norm, and after the weight; the sum before it not in bfloat16 |
 | swiglu | once, after the product |
 | rotary_mul | once, after the sum |
 
@@ -212,8 +212,10 @@ def write_kv(k: Tensor, v: Tensor, *, keys: Tensor, values: Tensor, slots: Tenso
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, order: str) -> Tensor:
-    """``bedplate.reference.ops.rms_norm``: in one operator where the weight comes before it
-    rounds, else by the operator without a weight and a product.
+    """``bedplate.reference.ops.rms_norm``.
+
+    One operator where the weight comes before it rounds, else one without a weight and a
+    product.
 
     Args:
         x: ``[…, E]``.

@@ -7,7 +7,14 @@ import json
 import subprocess
 
 import pytest
-from backends.npu.tests.layers import ROOT, SUITE, Wheel, run, simulated_site
+from backends.npu.tests.layers import (
+    ROOT,
+    SUITE,
+    Wheel,
+    on_simulated_device,
+    run,
+    simulated_site,
+)
 
 LEAST_COVERAGE = 90.0
 SEEDED = 20
@@ -35,8 +42,7 @@ def on_device(tmp_path, tests):
     site = simulated_site(tmp_path / "site")
     return run(
         "B", "", ["-m", "npu_silicon or not npu_silicon", *tests], tmp_path / "report.xml",
-        paths=[site], LD_LIBRARY_PATH=str(site), ASCEND_SIMULATED_RUNTIME="Python device",
-        COVERAGE_FILE=str(tmp_path / "coverage"),
+        paths=[site], COVERAGE_FILE=str(tmp_path / "coverage"), **on_simulated_device(site),
     )  # fmt: skip
 
 

@@ -124,10 +124,15 @@ class EngineAttention(BenchAttention):
         self._fill(bound)
         self.attention = provider.build(
             AttentionBuild(
-                runtime=bound.runtime, calls=(_CALL,), kv_pool=self._pool, page_size=size,
-                req_to_token=self.req_to_token, dtype=dtype, max_batch_size=_ROWS - 1,
+                runtime=bound.runtime,
+                calls=(_CALL,),
+                kv_pool=self._pool,
+                page_size=size,
+                req_to_token=self.req_to_token,
+                dtype=dtype,
+                max_batch_size=_ROWS - 1,
                 max_context_len=table.shape[1],
-            )  # fmt: skip
+            )
         )
         self.model = TinyDecoder(self.attention, str(device), call=_CALL, dtype=dtype)
 

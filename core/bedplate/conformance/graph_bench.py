@@ -144,11 +144,10 @@ class GraphBench:
                 cache beyond padding's page.
         """
         batch = self.batch(lengths, seed=seed, first_row=1 + seed % 5)
-        start = [stored.clone() for stored in self.place.stored()]
+        start = self.copied()
         want = self.eager(batch).next_token_logits.cpu().clone()
         after = self.cache()
-        for stored, was in zip(self.place.stored(), start, strict=True):
-            stored.copy_(was)
+        self.restore(start)
         got = self.replay(batch).next_token_logits.cpu()
         require(
             got.shape == want.shape, f"logits are {list(got.shape)}, not {list(want.shape)}"
@@ -163,6 +162,15 @@ class GraphBench:
         require(left <= limit, "a replay leaves another cache than the eager pass: padding or "
                 f"a stale slot wrote to it ({left:.1e})")  # fmt: skip
         return error
+
+    def copied(self) -> list[Tensor]:
+        """Keys and values as they are now, on the device."""
+        return [stored.clone() for stored in self.place.stored()]
+
+    def restore(self, start: list[Tensor]) -> None:
+        """Keys and values as they were."""
+        for stored, was in zip(self.place.stored(), start, strict=True):
+            stored.copy_(was)
 
     def cache(self) -> Tensor:
         """Keys and values on the host, page 0 left out: padding writes there."""

@@ -41,7 +41,12 @@ CALLS = {
     "both_ways": replace(_PLAIN, causal=False),
     "sinks_of_64": replace(_PLAIN, num_heads=4, head_dim=64, value_dim=64, sinks=True),
     "latent_of_512": replace(
-        _PLAIN, num_heads=6, num_kv_heads=1, head_dim=576, value_dim=512, scale=0.07,
+        _PLAIN,
+        num_heads=6,
+        num_kv_heads=1,
+        head_dim=576,
+        value_dim=512,
+        scale=0.07,
         value_in_key=True,
     ),
 }

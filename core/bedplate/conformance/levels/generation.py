@@ -60,9 +60,7 @@ def checks(subject: Subject) -> Iterator[Check]:
         run = partial(_condition, {"page_size": size})
         yield Check(level=6, name=f"condition/page_of_{size}", run=run)
     graphs = Support.yes() if have.graph.default else Support.no("graph.default is off")
-    yield Check(
-        level=6, name="condition/graphs", declared=graphs, attempt=False, run=_graphs
-    )
+    yield Check(level=6, name="condition/graphs", declared=graphs, attempt=False, run=_graphs)
     same_bits = (
         Support.yes()
         if have.determinism == "batch_invariant"

@@ -15,6 +15,7 @@ from bedplate.conformance.check import Check, Leave, require
 from bedplate.conformance.graph_bench import SIZES, GraphBench
 from bedplate.contract.decisions import Support
 from bedplate.errors import UnsupportedError
+from bedplate.reference.closeness import relative_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ def checks(subject: Subject) -> Iterator[Check]:
         "poisoned_slots": _poisoned_slots,
         "interleaved": _interleaved,
         "buckets_take_turns": _buckets_take_turns,
+        "queued": _queued,
         "weights_in_place": _weights_in_place,
         "stable_addresses": _stable_addresses,
         "recapture": _recapture,
@@ -102,6 +104,24 @@ def _buckets_take_turns(subject: Subject) -> None:
     for turn in range(2):
         for size in (4, 1, 3, 2, 4):
             bench.compare([3 + turn + i for i in range(size)], limit, seed=turn)
+
+
+def _queued(subject: Subject) -> None:
+    """Replays one behind the other, none waited for: each has its own lengths and slots."""
+    bench = _shared(subject)
+    batches = [bench.batch(lengths, seed=len(lengths)) for lengths in
+               ([3, 7, 2], [8, 4], [5, 5, 9, 3], [10], [4, 8, 3])]  # fmt: skip
+    start = bench.copied()
+    want = [bench.eager(batch).next_token_logits.clone() for batch in batches]
+    bench.restore(start)
+    bench.runtime.synchronize()
+    got = [bench.replay(batch).next_token_logits.clone() for batch in batches]
+    for number, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        error = relative_error(ours.cpu(), theirs.cpu())
+        require(
+            error <= _limit(subject, bench),
+            f"replay {number + 1} of {len(got)} in a row is another by {error:.1e}",
+        )
 
 
 def _weights_in_place(subject: Subject) -> None:

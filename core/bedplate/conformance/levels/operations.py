@@ -173,7 +173,9 @@ def _check_case(case: OpCase, provider: OpProvider, subject: Subject) -> dict[st
     require(answer or answer.reason, "supports() refuses without a reason")
     want = wanted(case, case.arguments(subject.page_size))
     with subject.bound.runtime.inference_guard():
-        got, guards = run_case(case, provider, subject.device, case.arguments(subject.page_size))
+        got, guards = run_case(
+            case, provider, subject.device, case.arguments(subject.page_size)
+        )
         again, _ = run_case(case, provider, subject.device, case.arguments(subject.page_size))
     guards.check(case.writes)
     error = compare(got, want, case, subject.tolerance(1.0))
