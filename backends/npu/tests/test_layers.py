@@ -55,6 +55,13 @@ def test_simulated_device(tmp_path):
     assert all(outcome.caught.values())
 
 
+def test_simulated_device_alone(tmp_path):
+    """Layer B: what no other device can show, and that the kit notices mistakes."""
+    outcome = on_device(tmp_path, ["backends/npu/tests/layer_b"])
+    succeeded(outcome, 18)
+    assert all(outcome.caught.values())
+
+
 def test_simulated_device_with_coverage(tmp_path):
     """Layer B: the backend's lines, by files that run on hardware too."""
     cover = tmp_path / "coverage.json"
@@ -143,7 +150,8 @@ def test_every_usable_soc(wheel, runtime, tmp_path, soc):
 
 def test_the_suite_is_not_in_the_default_run():
     found = subprocess.run(
-        ["grep", "-rL", "pytestmark = pytest.mark.npu_silicon", SUITE, "--include=test_*.py"],
+        ["grep", "-rL", "pytestmark = pytest.mark.npu_silicon", SUITE,
+         "backends/npu/tests/layer_b", "--include=test_*.py"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.stdout == ""
