@@ -65,8 +65,8 @@ def refuse_simulated_runtime() -> None:
     if named:
         sys.exit(
             f"{_SIMULATED_RUNTIME}={named} is set: a simulated runtime lies below the devices "
-            "of this process, so times mean nothing and none are reported. Unset it, and run on "
-            "a device"
+            "of this process, so times mean nothing and none are reported. Unset it, and run "
+            "on a device"
         )
 
 
