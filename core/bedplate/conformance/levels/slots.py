@@ -36,8 +36,8 @@ _POOL_TOKENS = 96
 def checks(subject: Subject) -> Iterator[Check]:
     """Properties of the allocator, then of the pool in every dtype."""
     allocator: dict[str, Callable[[Subject], None]] = {
-        "machine": _machine,
         "contradictions": _contradictions,
+        "machine": _machine,
         "fragmentation": _fragmentation,
         "prefix_sharing": _prefix_sharing,
     }
