@@ -8,11 +8,12 @@ __all__ = ["checks"]
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bedplate.conformance.cases.attention import DTYPES
 from bedplate.conformance.check import Check, Wrong, require
 from bedplate.conformance.graph_attention import choose_attention
 from bedplate.conformance.oracle import NEW, Oracle, greedy
 from bedplate.contract.decisions import Support
-from bedplate.errors import RequestTooLongError
+from bedplate.errors import RequestTooLongError, UnsupportedError
 from bedplate.runner.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def checks(subject: Subject) -> Iterator[Check]:
     """Families, dtypes, conditions, and what ends a text."""
     have = subject.capabilities
     for name in FAMILIES:
-        yield Check(level=6, name=f"family/{name}", run=partial(_family, name, "float32"))
+        yield Check(level=6, name=f"family/{name}", run=partial(_family, name, ""))
     for dtype in have.compute_dtypes:
         if dtype != "float32" and dtype in have.kv_dtypes:
             yield Check(level=6, name=f"dtype/{dtype}", run=partial(_family, "qwen3", dtype))
@@ -79,12 +80,21 @@ def checks(subject: Subject) -> Iterator[Check]:
         yield Check(level=6, name=name, run=act)
 
 
-def _oracle(subject: Subject, name: str = "qwen3", dtype: str = "float32") -> Oracle:
+def _oracle(subject: Subject, name: str = "qwen3", dtype: str = "") -> Oracle:
+    dtype = dtype or _finest(subject)
     return subject.keep(f"oracle {name} {dtype}", lambda: Oracle(name, dtype))
 
 
-def _limit(subject: Subject, dtype: str = "float32") -> float:
-    return subject.tolerance(_LIMITS.get(dtype, 0.5))
+def _limit(subject: Subject, dtype: str = "") -> float:
+    return subject.tolerance(_LIMITS.get(dtype or _finest(subject), 0.5))
+
+
+def _finest(subject: Subject) -> str:
+    """The finest dtype that the backend's attention reads; any, where it brings none."""
+    try:
+        return choose_attention(subject.bound)[0]
+    except UnsupportedError:
+        return DTYPES[0]
 
 
 def _family(name: str, dtype: str, subject: Subject) -> dict[str, float]:
@@ -104,16 +114,15 @@ def _condition(settings: dict[str, Any], subject: Subject) -> dict[str, float]:
 
 
 def _graphs(subject: Subject) -> dict[str, float]:
-    """Recorded passes, by the attention that they are made for, in its finest dtype."""
-    dtype, _ = choose_attention(subject.bound)
-    oracle = _oracle(subject, dtype=dtype)
+    """Recorded passes change nothing but time, and there are some."""
+    oracle = _oracle(subject)
     prompts = oracle.prompts()
     with oracle.engine(subject, graphs=True, capture_sizes=(1, 2, 4, 8)) as engine:
         outputs = engine.generate(prompts, greedy(prompt_logprobs=None))
         graphs = engine.runner.graph_runner
         replays = 0 if graphs is None else sum(graphs.stats.replays.values())
     require(replays, "graphs are declared as the default, and no pass is replayed")
-    return oracle.parity(prompts, outputs).check(_limit(subject, dtype))
+    return oracle.parity(prompts, outputs).check(_limit(subject))
 
 
 def _alone_and_together(subject: Subject) -> dict[str, float]:
