@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
     from bedplate import Engine
     from bedplate_triton.features import Features
+
+
+_SIMULATED_RUNTIME = "ASCEND_SIMULATED_RUNTIME"
+"""Variable that a simulated runtime of the NPU backend sets to its name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,17 @@ def refuse_simulated(engine: Engine) -> None:
         sys.exit(
             f"Backend {engine.runner.bound.name!r} simulates its device, so its times mean "
             "nothing and none are reported. Name the backend of a real one with --backend"
+        )
+
+
+def refuse_simulated_runtime() -> None:
+    """End the program before it begins, if this process has a simulated runtime."""
+    named = os.environ.get(_SIMULATED_RUNTIME)
+    if named:
+        sys.exit(
+            f"{_SIMULATED_RUNTIME}={named} is set: a simulated runtime lies below the devices "
+            "of this process, so times mean nothing and none are reported. Unset it, and run "
+            "on a device"
         )
 
 

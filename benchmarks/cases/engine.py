@@ -25,7 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks import shapes
-from benchmarks.device import Ceilings, measure_ceilings, refuse_simulated
+from benchmarks.device import (
+    Ceilings,
+    measure_ceilings,
+    refuse_simulated,
+    refuse_simulated_runtime,
+)
 
 from bedplate import Engine, SamplingParams
 
@@ -165,6 +170,7 @@ def main() -> None:
                         help="further settings of the engine")  # fmt: skip
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    refuse_simulated_runtime()
     batches = [int(size) for size in options.batches.split(",")]
     contexts = [int(length) for length in options.contexts.split(",")]
     prompts = [

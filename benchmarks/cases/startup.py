@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from benchmarks.device import refuse_simulated_runtime
 from benchmarks.shapes import SHAPES, write_config
 from safetensors.torch import save_file
 
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    refuse_simulated_runtime()
     with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as cache:
         folder, kept = Path(name), Path(cache)
         compile_modules(options.shape, options.backend, kept)

@@ -55,6 +55,11 @@ def supports(request: AttentionRequest, narrow: Sequence[str]) -> Support:
             return Support.no(f"{call.module}: {answer.reason}")
         if not call.causal:
             return Support.no(f"{call.module} sees later tokens")
+        if call.value_in_key and request.kv_dtype in narrow:
+            return Support.no(
+                f"{call.module} keeps values in its keys; prompts over such a cache of "
+                f"{request.kv_dtype} differed from plain torch on an H200"
+            )
     return Support.yes("reads the cache in place, in graphs too")
 
 

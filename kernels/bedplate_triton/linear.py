@@ -50,7 +50,7 @@ MAX_SKINNY_ROWS = 64
 
 _HELD_BYTES = 256
 """Of its input a thread keeps at most so much in registers: a quarter of them."""
-_SLICE = 1 << 25
+_SLICE = 1 << 26
 """Most numbers of a product whose activation halves them: more only take memory, as thousands
 of rows multiply no faster, each, than half as many."""
 _ADD_COLUMNS = 256

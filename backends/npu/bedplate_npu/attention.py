@@ -158,14 +158,8 @@ class FusedInferAttention(AttentionBackend):
         if _packed_decode(call):
             return self._packed(q, call, sinks)
         step = self._current()
-        keys, values = self._pool.pages(call.cache_id)
-        out = ops.fused_infer_attention(
-            q.contiguous().view(q.shape[0], 1, -1), keys, values, layout="BSH",
-            kv_lens=step.kv_lens, block_table=step.table,
-            mask=None if call.window is None else step.hidden[call.window],
-            **_numbers(call),
-        )  # fmt: skip
-        return out.view(q.shape[0], call.num_heads, call.value_dim)
+        hidden = None if call.window is None else step.hidden[call.window]
+        return self._single(q, call, step.kv_lens, step.table, hidden)
 
     def forward_extend(
         self,
@@ -207,20 +201,46 @@ class FusedInferAttention(AttentionBackend):
             sinks=sinks, **_sparse(call), **_numbers(call),
         )  # fmt: skip
 
+    def _single(
+        self,
+        q: Tensor,
+        call: AttentionCallSpec,
+        kv_lens: list[int],
+        table: Tensor | None,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """``[B, H, D]`` of one query token a request; sparse modes, so windows, are ignored."""
+        keys, values = self._pool.pages(call.cache_id)
+        out = ops.fused_infer_attention(
+            q.contiguous().view(q.shape[0], 1, -1), keys, values, layout="BSH",
+            kv_lens=kv_lens, block_table=table, mask=hidden, **_numbers(call),
+        )  # fmt: skip
+        return out.view(q.shape[0], call.num_heads, call.value_dim)
+
     def _one_by_one(self, q: Tensor, call: AttentionCallSpec) -> Tensor:
         """``[T, H, D]`` for sizes without a packed form: each sequence as a batch of one."""
         step, begin, parts = self._current(), 0, []
         assert step.table is not None  # prepare_in_graph comes before every pass
         keys, values = self._pool.pages(call.cache_id)
         for row, (count, length) in enumerate(zip(step.counts, step.kv_lens, strict=True)):
+            own, pages = q[begin : begin + count].contiguous(), step.table[row : row + 1]
+            begin += count
+            if count == 1:
+                hidden = self._hidden(length, call)
+                parts.append(self._single(own, call, [length], pages, hidden))
+                continue
             out = ops.fused_infer_attention(
-                q[begin : begin + count].contiguous()[None], keys, values, layout="BSND",
-                kv_lens=[length], block_table=step.table[row : row + 1], mask=self._causal,
-                **_sparse(call), **_numbers(call),
+                own[None], keys, values, layout="BSND", kv_lens=[length], block_table=pages,
+                mask=self._causal, **_sparse(call), **_numbers(call),
             )  # fmt: skip
             parts.append(out[0])
-            begin += count
         return torch.cat(parts)
+
+    def _hidden(self, length: int, call: AttentionCallSpec) -> Tensor | None:
+        """``[1, 1, 1, W·PAGE_SIZE]`` of what the last of ``length`` tokens does not see."""
+        if call.window is None:
+            return None
+        return (self._positions < length - call.window).view(1, 1, 1, -1)
 
     def _latent(self, q: Tensor, call: AttentionCallSpec, layout: str) -> Tensor:
         """``[T, H, Dv]`` of latents; heads are padded to a power of two."""

@@ -41,12 +41,6 @@ class NpuKVPool(LayeredKVPool):
             )
         super().__init__(request)
 
-    def blocks(self, call_id: int) -> tuple[Tensor, Tensor]:
-        """``[P, PAGE_SIZE, K, ·]``: keys and values; of latents the latent and rotated part."""
-        return tuple(  # type: ignore[return-value]
-            part.view(-1, self.page_size, *part.shape[1:]) for part in self._parts(call_id)
-        )
-
     def pages(self, call_id: int) -> tuple[Tensor, Tensor]:
         """``[P, PAGE_SIZE, K·D]``: the same, as attention takes them."""
         return tuple(  # type: ignore[return-value]
@@ -73,13 +67,8 @@ class NpuKVPool(LayeredKVPool):
             raise ContractError(
                 f"attention call {call_id} ({call.module}) stores values, but got none"
             )
-        rows = (k.to(self.dtype), v.to(self.dtype))
-        if self.dtype not in ops.DTYPES:
-            for part, new in zip(self._parts(call_id), rows, strict=True):
-                part.index_put_((slots,), new)
-            return
-        keys, values = self.blocks(call_id)
-        ops.store_kv(*rows, key_cache=keys, value_cache=values, slots=slots.int())
+        keys, values = self._parts(call_id)
+        ops.write_kv(k, v, keys=keys, values=values, slots=slots)
 
     def _parts(self, call_id: int) -> tuple[Tensor, Tensor]:
         return self._keys[call_id], self._values[call_id]

@@ -6,6 +6,18 @@ cumulative reads other tokens, a page size that does not fit is silent.  So ever
 constraint is checked here, on the host and without reading the device, before the call.  All
 but the first tensors are passed by keyword, because positions differ between releases.
 
+Operators round where their kernels do, and an operation rounds where the model does; the two
+need not agree.  What the published kernels show (A2 and A3, CANN's ops-nn and ops-transformer):
+
+| operator | rounds |
+|---|---|
+| rms_norm, gemma_rms_norm | once, after the weight |
+| add_rms_norm | the norm, and after the weight; the sum before it not in bfloat16 |
+| swiglu | once, after the product |
+| rotary_mul | once, after the sum |
+
+An operator is used where that is the operation's meaning, and steps are taken apart elsewhere.
+
 Shapes: T tokens, B sequences, S query tokens of one sequence, H query heads, K key/value heads,
 D head size, Dv value size, P pages, W columns of the block table.
 """
@@ -28,6 +40,7 @@ __all__ = [
     "rotate",
     "store_kv",
     "swiglu",
+    "write_kv",
 ]
 
 from typing import TYPE_CHECKING
@@ -37,12 +50,11 @@ from torch import Tensor
 
 from bedplate.contract import OpProvider, OpRegistry, OpRequest, Support
 from bedplate.errors import ContractError
-from bedplate.reference.ops import PartialProduct
+from bedplate.reference.ops import RMS_NORM_ORDERS, PartialProduct
+from bedplate.reference.rope import HeadNorm, RopeTable, apply_rope
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from bedplate.reference.rope import HeadNorm, RopeTable
 
 DTYPES = (torch.float16, torch.bfloat16)
 """What the fused operators read."""
@@ -178,20 +190,45 @@ def store_kv(
     )  # fmt: skip
 
 
+def write_kv(k: Tensor, v: Tensor, *, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Cast to the cache's dtype and write by one operator, or by two copies where it has none.
+
+    Args:
+        k: ``[T, K, D]``, any strides.
+        v: ``[T, K, Dv]``, any strides.
+        keys: ``[P·PAGE_SIZE, K, D]``, whole pages.
+        values: ``[P·PAGE_SIZE, K, Dv]``.
+        slots: ``[T]`` integers on the device.
+    """
+    k, v = k.to(keys.dtype), v.to(values.dtype)
+    if keys.dtype not in DTYPES:
+        keys.index_put_((slots,), k)
+        values.index_put_((slots,), v)
+        return
+    store_kv(
+        k, v, key_cache=keys.view(-1, PAGE_SIZE, *keys.shape[1:]),
+        value_cache=values.view(-1, PAGE_SIZE, *values.shape[1:]), slots=slots.int(),
+    )  # fmt: skip
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, order: str) -> Tensor:
-    """``bedplate.reference.ops.rms_norm`` in one operator.
+    """``bedplate.reference.ops.rms_norm``.
+
+    One operator where the weight comes before it rounds, else one without a weight and a
+    product.
 
     Args:
         x: ``[…, E]``.
-        weight: ``[E]``.
+        weight: ``[E]``, or ``None``.
         eps: Added to the mean square.
-        order: One of ``_ORDERS``; the core compares bits before it is used.
+        order: One of ``RMS_NORM_ORDERS``.
     """
-    assert weight is not None  # _supports_norm
-    if order == "one_plus_weight_fp32":
+    if order == "one_plus_weight_fp32" and weight is not None:
         return gemma_rms_norm(x, weight, epsilon=eps)
-    out: Tensor = torch.ops.npu.npu_rms_norm(x.contiguous(), weight, epsilon=eps)[0]
-    return out
+    whole = order == "weight_fp32" and weight is not None
+    gamma = weight if whole else x.new_ones(x.shape[-1])
+    out: Tensor = torch.ops.npu.npu_rms_norm(x.contiguous(), gamma, epsilon=eps)[0]
+    return out if whole or weight is None else weight * out
 
 
 def gemma_rms_norm(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
@@ -208,12 +245,12 @@ def add_norm(
     eps: float,
     order: str,
 ) -> tuple[Tensor, Tensor]:
-    """``bedplate.reference.ops.add_norm``: sum and norm in one operator."""
+    """``bedplate.reference.ops.add_norm``, in one operator where that rounds the sum."""
     if isinstance(x, PartialProduct):
         x = x.whole()
     if residual is None:
         return rms_norm(x, weight, eps, order), x
-    if order == "one_plus_weight_fp32":
+    if order != "weight_after_cast" or x.dtype == torch.bfloat16:
         total = residual + x
         return rms_norm(total, weight, eps, order), total
     normed, _, total = torch.ops.npu.npu_add_rms_norm(
@@ -236,14 +273,16 @@ def act_and_mul(x: Tensor, act: str) -> Tensor:
 
 
 def rotate(heads: Tensor, *, cos: Tensor, sin: Tensor, style: str) -> Tensor:
-    """``[T, H, R]`` turned by the angles of its tokens; new storage.
+    """``[T, H, R]`` turned by the angles of its tokens, rounded once; new storage.
 
     Args:
         heads: Any strides.
-        cos: ``[T, R/2]`` in the dtype of the heads.
+        cos: ``[T, R/2]``; wider angles than the heads are not rounded: the heads are widened.
         sin: The same.
         style: ``half`` or ``interleaved``.
     """
+    dtype, heads = heads.dtype, heads.to(torch.promote_types(heads.dtype, cos.dtype))
+    cos, sin = cos.to(heads.dtype), sin.to(heads.dtype)
     if style == "half":
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
     else:
@@ -252,7 +291,7 @@ def rotate(heads: Tensor, *, cos: Tensor, sin: Tensor, style: str) -> Tensor:
     out: Tensor = torch.ops.npu.npu_rotary_mul(
         heads.contiguous()[None], cos[None, :, None], sin[None, :, None], rotary_mode=mode
     )[0]
-    return out
+    return out.to(dtype)
 
 
 def qk_norm_rope_write(
@@ -267,23 +306,25 @@ def qk_norm_rope_write(
     slots: Tensor | None = None,
 ) -> None:
     """``bedplate.reference.rope.qk_norm_rope_write`` by the operators above, in place."""
-    if norm is not None:
-        for heads, weight in ((q, norm.q_weight), (k, norm.k_weight)):
-            heads.copy_(rms_norm(heads, weight, norm.eps, norm.order))
-    if rope is not None:
-        cos, sin = (angles[positions].to(q.dtype) for angles in (rope.cos, rope.sin))
-        for heads in (q, k):
-            turning = heads[..., : 2 * rope.cos.shape[-1]]
-            turning.copy_(rotate(turning, cos=cos, sin=sin, style=rope.style))
+    for heads in (q, k):
+        if norm is not None:
+            weight = norm.q_weight if heads is q else norm.k_weight
+            rows = heads.flatten(-2) if norm.flat else heads
+            heads.copy_(rms_norm(rows, weight, norm.eps, norm.order).view(heads.shape))
+        if rope is not None:
+            _turn(heads, positions, rope)
     if keys is not None and values is not None and slots is not None:
-        pages = (-1, PAGE_SIZE)
-        store_kv(
-            k, v, key_cache=keys.view(*pages, *keys.shape[1:]),
-            value_cache=values.view(*pages, *values.shape[1:]), slots=slots,
-        )  # fmt: skip
+        write_kv(k, v, keys=keys, values=values, slots=slots)
 
 
-_ORDERS = ("weight_after_cast", "weight_fp32", "one_plus_weight_fp32")
+def _turn(heads: Tensor, positions: Tensor, rope: RopeTable) -> None:
+    """Turn the first columns in place: by the operator, unless each product has to round."""
+    turning = heads[..., : 2 * rope.cos.shape[-1]]
+    if rope.stepwise and heads.dtype != torch.float32:
+        turning.copy_(apply_rope(turning, positions, rope))
+        return
+    cos, sin = rope.cos[positions], rope.sin[positions]
+    turning.copy_(rotate(turning, cos=cos, sin=sin, style=rope.style))
 
 
 def register(registry: OpRegistry) -> None:
@@ -297,32 +338,35 @@ def register(registry: OpRegistry) -> None:
         registry.register(OpProvider(op=op, provider="npu", call=call, supports=supports))
 
 
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
 def _supports_dtype(request: OpRequest) -> Support:
-    if request.dtype not in ("bfloat16", "float16"):
-        return Support.no(f"the operator reads bfloat16 and float16, not {request.dtype}")
-    return Support.yes("one operator")
+    if request.dtype not in _FLOATS:
+        return Support.no(f"the operators read {', '.join(_FLOATS)}, not {request.dtype}")
+    return Support.yes("by operators of the device")
 
 
 def _supports_norm(request: OpRequest) -> Support:
     order = request.attributes.get("order")
-    if order not in _ORDERS:
-        return Support.no(f"the operator has no rounding order {order}")
+    if order not in RMS_NORM_ORDERS:
+        return Support.no(f"there is no operator for the norm {order}; torch has one")
     return _supports_dtype(request)
 
 
 def _supports_act(request: OpRequest) -> Support:
     act = request.attributes.get("act")
-    return (
-        _supports_dtype(request) if act == "silu" else Support.no(f"computes silu, not {act}")
-    )
+    if act != "silu":
+        return Support.no(f"computes silu, not {act}")
+    if request.dtype != "float32":
+        return Support.no(f"the operator does not round the activation to {request.dtype}")
+    return Support.yes("one operator")
 
 
 def _supports_heads(request: OpRequest) -> Support:
     norm = request.attributes.get("norm")
-    if request.attributes.get("flat"):
-        return Support.no("one norm over all heads has no operator")
-    if norm and norm not in _ORDERS:
-        return Support.no(f"the operator has no rounding order {norm}")
+    if norm and norm not in RMS_NORM_ORDERS:
+        return Support.no(f"there is no operator for the norm {norm}")
     return _supports_dtype(request)
 
 

@@ -155,6 +155,7 @@ def _facts(runtime: NpuRuntime) -> dict[str, str]:
         "runtime": f"simulated ({runtime.simulated})" if runtime.simulated else "the device's",
         "self-test": tested if runtime.options.self_test else "not run",
         "evidence": availability.EVIDENCE,
+        **({"simulated": runtime.simulated} if runtime.simulated else {}),
     }
 
 

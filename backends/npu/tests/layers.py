@@ -6,7 +6,16 @@ A device belongs to a process, and torch_npu must never reach that of the other 
 
 from __future__ import annotations
 
-__all__ = ["LABELS", "Outcome", "Wheel", "outcomes", "run", "simulated_site"]
+__all__ = [
+    "LABELS",
+    "Outcome",
+    "Wheel",
+    "environment",
+    "on_simulated_device",
+    "outcomes",
+    "run",
+    "simulated_site",
+]
 
 import os
 import shutil
@@ -111,6 +120,30 @@ def simulated_site(target: Path) -> Path:
     return target
 
 
+def on_simulated_device(site: Path) -> dict[str, str]:
+    """Variables under which the device of ``simulated_site`` is found."""
+    return {"LD_LIBRARY_PATH": str(site), "ASCEND_SIMULATED_RUNTIME": "Python device"}
+
+
+def environment(paths: list[Path], **variables: str) -> dict[str, str]:
+    """Variables of a process with a device of its own.
+
+    Args:
+        paths: What goes before everything else on the path of imports.
+        variables: Set last.
+    """
+    own = ("core", "kernels", "backends/cpu", "backends/cuda", "backends/npu")
+    places = [*paths, ROOT, *(ROOT / folder for folder in own)]
+    ours = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, places)),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    for name in ("ASCEND_LAUNCH_BLOCKING", "TASK_QUEUE_ENABLE", "PYTEST_ADDOPTS"):
+        ours.pop(name, None)
+    return ours | variables
+
+
 def run(
     layer: str,
     note: str,
@@ -130,19 +163,10 @@ def run(
         paths: What goes before everything else on the path of imports.
         variables: Of the environment.
     """
-    own = ("core", "kernels", "backends/cpu", "backends/cuda", "backends/npu")
-    places = [*paths, ROOT, *(ROOT / folder for folder in own)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, places)),
-        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    for name in ("ASCEND_LAUNCH_BLOCKING", "TASK_QUEUE_ENABLE", "PYTEST_ADDOPTS"):
-        environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-p", "no:cacheprovider",
          f"--junitxml={report}", "-o", "junit_family=xunit1", *tests],
-        cwd=ROOT, env=environment | variables, check=False, text=True,
+        cwd=ROOT, env=environment(paths, **variables), check=False, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     outcome = Outcome(layer, note, text=done.stdout)

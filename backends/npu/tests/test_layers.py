@@ -7,7 +7,14 @@ import json
 import subprocess
 
 import pytest
-from backends.npu.tests.layers import ROOT, SUITE, Wheel, run, simulated_site
+from backends.npu.tests.layers import (
+    ROOT,
+    SUITE,
+    Wheel,
+    on_simulated_device,
+    run,
+    simulated_site,
+)
 
 LEAST_COVERAGE = 90.0
 SEEDED = 20
@@ -35,8 +42,7 @@ def on_device(tmp_path, tests):
     site = simulated_site(tmp_path / "site")
     return run(
         "B", "", ["-m", "npu_silicon or not npu_silicon", *tests], tmp_path / "report.xml",
-        paths=[site], LD_LIBRARY_PATH=str(site), ASCEND_SIMULATED_RUNTIME="Python device",
-        COVERAGE_FILE=str(tmp_path / "coverage"),
+        paths=[site], COVERAGE_FILE=str(tmp_path / "coverage"), **on_simulated_device(site),
     )  # fmt: skip
 
 
@@ -46,6 +52,13 @@ def test_simulated_device(tmp_path):
     outcome = on_device(tmp_path, tests)
     succeeded(outcome, 35)
     assert len(outcome.caught) >= SEEDED
+    assert all(outcome.caught.values())
+
+
+def test_simulated_device_alone(tmp_path):
+    """Layer B: what no other device can show, and that the kit notices mistakes."""
+    outcome = on_device(tmp_path, ["backends/npu/tests/layer_b"])
+    succeeded(outcome, 18)
     assert all(outcome.caught.values())
 
 
@@ -137,7 +150,8 @@ def test_every_usable_soc(wheel, runtime, tmp_path, soc):
 
 def test_the_suite_is_not_in_the_default_run():
     found = subprocess.run(
-        ["grep", "-rL", "pytestmark = pytest.mark.npu_silicon", SUITE, "--include=test_*.py"],
+        ["grep", "-rL", "pytestmark = pytest.mark.npu_silicon", SUITE,
+         "backends/npu/tests/layer_b", "--include=test_*.py"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.stdout == ""

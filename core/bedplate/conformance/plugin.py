@@ -8,6 +8,7 @@ Nothing is decided here; ``examine`` decides.
 from __future__ import annotations
 
 __all__ = [
+    "gaps",
     "parse_levels",
     "pytest_addoption",
     "pytest_configure",
@@ -18,6 +19,7 @@ __all__ = [
 ]
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,3 +157,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(f"{result.outcome}: {result.check}: {result.reason}")
             if result.outcome == "failed":
                 terminalreporter.write_line(f"    {result.reproducer}")
+    for reason, checks in gaps(results).items():
+        terminalreporter.write_line(f"not declared: {', '.join(checks)}: {reason}")
+
+
+def gaps(results: Iterable[Result]) -> dict[str, list[str]]:
+    """Reason → what is not declared for it: identifiers, cut where several begin alike."""
+    found: dict[str, Counter[str]] = {}
+    for result in results:
+        if result.outcome == "not declared":
+            begin = result.check.rpartition(".")[0] or result.check
+            found.setdefault(result.reason, Counter())[begin] += 1
+    return {
+        reason: [name if n == 1 else f"{name}.* ({n})" for name, n in names.items()]
+        for reason, names in found.items()
+    }

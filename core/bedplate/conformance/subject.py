@@ -155,6 +155,11 @@ class Subject:
         return self.bound.capabilities
 
     @property
+    def page_size(self) -> int:
+        """Tokens a page where a check needs some: the backend's first choice."""
+        return self.capabilities.memory.page_sizes[0]
+
+    @property
     def device(self) -> torch.device:
         """Where tensors of checks lie."""
         return self.bound.runtime.device

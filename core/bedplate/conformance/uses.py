@@ -48,7 +48,7 @@ def support_rows(subject: Subject) -> Iterator[Row]:
             asked = AttentionCase(
                 name=kind, call=call, work=PASSES["decode"], dtype=dtype,
                 kv_dtype=dtype if dtype in have.kv_dtypes else have.kv_dtypes[0],
-                page_size=have.memory.page_sizes[0],
+                page_size=subject.page_size,
             )  # fmt: skip
             for attention in subject.bound.attention_providers:
                 answer = attention.supports(attention_request(subject, asked))
@@ -73,7 +73,7 @@ def _told(answer: Any) -> tuple[str, str]:
 def _timed(case: OpCase, provider: OpProvider, subject: Subject, runs: int = 30) -> float:
     arguments = {
         name: value.to(subject.device) if isinstance(value, torch.Tensor) else value
-        for name, value in case.arguments().items()
+        for name, value in case.arguments(subject.page_size).items()
     }
     best = float("inf")
     with subject.bound.runtime.inference_guard():

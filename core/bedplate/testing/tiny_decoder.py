@@ -9,6 +9,8 @@ from __future__ import annotations
 
 __all__ = ["TinyAttention", "TinyDecoder", "decode_batch", "prompt_batch"]
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -99,25 +101,35 @@ class TinyDecoder(torch.nn.Module):
     Args:
         attention: Whose cache is used.
         device: Place of the weights.
+        call: The attention call, of one head; its size is that of the hidden states.
+        dtype: Of the weights.
     """
 
-    def __init__(self, attention: AttentionBackend, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        attention: AttentionBackend,
+        device: str = "cpu",
+        *,
+        call: AttentionCallSpec = _CALL,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(2)
-        self.attention = attention
-        self.embedding = torch.nn.Parameter(
-            torch.randn(_VOCABULARY, _HIDDEN, generator=generator).to(device)
-        )
+        self.attention, self._call = attention, call
+        weight = torch.randn(_VOCABULARY, call.head_dim, generator=generator)
+        self.embedding = torch.nn.Parameter(weight.to(dtype).to(device))
 
     def forward(self, batch: ForwardBatch) -> LogitsOutput:
         """One pass.
 
         Returns:
-            Logits ``[R, 32]`` and, where asked for, hidden states ``[T, 8]``.
+            Logits ``[R, 32]`` and, where asked for, hidden states ``[T, D]``.
         """
-        hidden = self.embedding[batch.input_ids] + batch.positions[:, None].float().sin()
+        angles = batch.positions[:, None].float().sin()
+        hidden = self.embedding[batch.input_ids] + angles.to(self.embedding.dtype)
         heads = hidden[:, None]
-        hidden = hidden + self.attention.forward(heads, heads.cos(), heads, _CALL, batch)[:, 0]
+        attended = self.attention.forward(heads, heads.cos(), heads, self._call, batch)
+        hidden = hidden + attended[:, 0]
         kept = batch.capture_hidden is not CaptureHiddenMode.NULL
         rows = hidden if batch.logits_rows is None else hidden[batch.logits_rows]
         return LogitsOutput(
@@ -126,9 +138,15 @@ class TinyDecoder(torch.nn.Module):
         )
 
 
+class Rows(Protocol):
+    """Whoever has a table of slots."""
+
+    req_to_token: Tensor
+
+
 def decode_batch(
     lengths: list[int],
-    attention: TinyAttention,
+    attention: Rows,
     *,
     hidden: CaptureHiddenMode = CaptureHiddenMode.NULL,
     seed: int = 0,
@@ -149,7 +167,7 @@ def decode_batch(
         req_pool_indices=rows.to(device),
         seq_lens=seq_lens.to(device),
         seq_lens_cpu=seq_lens,
-        out_cache_loc=attention.req_to_token[rows.long(), last].long().to(device),
+        out_cache_loc=attention.req_to_token[rows.long().to(device), last.to(device)].long(),
         capture_hidden=hidden,
     )
 

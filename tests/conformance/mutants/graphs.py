@@ -10,7 +10,8 @@ from tests.conformance.mutants.base import mutant
 
 from bedplate.errors import CaptureError
 from bedplate.testing import graphs
-from bedplate.testing.graphs import Tape, TapeGraphRunner
+from bedplate.testing.graphs import RerunGraphRunner, Tape, TapeGraphRunner
+from bedplate.testing.tiny_decoder import TinyAttention
 
 
 def stale(field):
@@ -173,6 +174,48 @@ class LeakyReplay(TapeGraphRunner):
         self.last = slots.clone()
 
 
+class Overtaken(TapeGraphRunner):
+    """Tokens are loaded while the replay before still reads them, and are lost."""
+
+    busy = False
+
+    def __init__(self, request):
+        super().__init__(request)
+        wait = request.runtime.synchronize
+
+        def synchronize():
+            self.busy = False
+            wait()
+
+        vars(request.runtime)["synchronize"] = synchronize
+
+    def replay(self, batch):
+        if self.busy:
+            kept = self._static_slots().view(batch.batch_size)["input_ids"]
+            batch = replace(batch, input_ids=kept.clone())
+        self.busy = True
+        return super().replay(batch)
+
+
+class StaleRerun(RerunGraphRunner):
+    """Lengths of the first replay, where attention is not the kit's own."""
+
+    first = None
+
+    def replay(self, batch):
+        if self.first is None:
+            self.first = batch.seq_lens.clone(), batch.seq_lens_cpu.clone()
+        size = min(batch.batch_size, len(self.first[0]))
+        lens, host = batch.seq_lens.clone(), batch.seq_lens_cpu.clone()
+        lens[:size], host[:size] = self.first[0][:size], self.first[1][:size]
+        return super().replay(replace(batch, seq_lens=lens, seq_lens_cpu=host))
+
+
+def stale_for_others(request):
+    small = isinstance(request.attention, TinyAttention)
+    return (TapeGraphRunner if small else StaleRerun)(request)
+
+
 class NoRunner:
     def __new__(cls, request):
         return None
@@ -209,6 +252,12 @@ MUTANTS = {
     "wrong_rows_of_output": mutant(5, "logits of the neighbour", graphs=WrongBucket),
     "outputs_overlap": mutant(5, "half of an output overwrites the other", graphs=SharedOutput),
     "wrong_fill_length": mutant(5, "padding has a length of its own", graphs=FillsWithZero),
+    "overtaken": mutant(5, "a replay loses tokens to the next one", graphs=Overtaken),
+    "stale_lengths_of_others": mutant(
+        5,
+        "lengths of the first replay, but not with the kit's attention",
+        graphs=stale_for_others,
+    ),
     "leaky_replay": mutant(5, "a replay disturbs the cache", graphs=LeakyReplay),
     "claims_graphs": mutant(
         5,

@@ -241,6 +241,7 @@ def scatter(key, value, key_cache, value_cache, slots, *, cache_mode="PA_NZ", **
 
 
 def rms_norm(x, gamma, epsilon=1e-6):
+    """Published kernel: the weight in float32, one rounding."""
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return (wide * rstd * gamma.float()).to(x.dtype), rstd
@@ -251,8 +252,11 @@ def gemma_rms_norm(x, gamma, epsilon=1e-6):
 
 
 def add_rms_norm(x1, x2, gamma, epsilon=1e-6):
+    """Published kernel: rounds the norm before the weight; bfloat16 sums stay wide for it."""
     total = x1 + x2
-    return *rms_norm(total, gamma, epsilon), total
+    wide = x1.float() + x2.float() if x1.dtype == torch.bfloat16 else total.float()
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (wide * rstd).to(x1.dtype) * gamma, rstd, total
 
 
 def rotary_mul(x, cos, sin, rotary_mode="half", rotate=None):

@@ -5,7 +5,8 @@ A tensor on it wraps a host tensor, and every operation reaches ``run``, which e
 the host.  Simulated are: where tensors lie (mixing devices fails), what a capture forbids, that
 a graph replays recorded addresses and host numbers, that a replay waits for its update, and
 who has waited for whom.  There is no concurrency: an update that could overtake the replay
-before it is found by comparing what the host knows to be finished, not by luck.
+before it is found by comparing what the host knows to be finished, not by luck.  An event says
+once that it was not reached yet; memory is what live tensors hold.
 
 ``install`` makes it the device of this process under the name ``npu``; torch_npu itself cannot
 be in the same process.
@@ -27,6 +28,7 @@ from backends.npu.tests.simulated.bodies import BODIES
 from backends.npu.tests.simulated.schemas import define
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.weak import WeakIdKeyDictionary
 
 _HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "masked_select")
 _MOVES = ("copy_", "_to_copy")
@@ -44,6 +46,8 @@ class State:
         capturing: The graph that is being recorded.
         launched: Replays issued so far.
         finished: Replays that the host knows to have finished.
+        tensors: Everything alive on the device.
+        pinned: Addresses of page-locked host memory.
     """
 
     def __init__(self):
@@ -52,11 +56,18 @@ class State:
         self.launched = self.finished = self.graphs = 0
         self.stream = Stream("default")
         self.total_bytes = 4 << 30
+        self.tensors = WeakIdKeyDictionary()
+        self.pinned = set()
 
     def waited(self):
         """The host has waited for everything."""
         self.forbid_waiting("a synchronisation")
         self.finished = self.launched
+
+    def allocated_bytes(self):
+        """Bytes of the storage that tensors on the device hold."""
+        held = (tensor.raw.untyped_storage() for tensor in list(self.tensors))
+        return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
     def forbid_waiting(self, what):
         if self.capturing is not None:
@@ -73,6 +84,7 @@ class NpuTensor(torch.Tensor):
             dtype=raw.dtype, device="npu:0",
         )  # fmt: skip
         made.raw = raw
+        state.tensors[made] = True
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -262,19 +274,22 @@ class Stream:
 
 class Event:
     def __init__(self, *args, **kwargs):
-        self._seen = 0
+        self._seen, self._reached = 0, True
 
     def record(self, stream=None):
-        self._seen = state.launched
+        self._seen, self._reached = state.launched, False
 
     def query(self):
         state.forbid_waiting("a query")
-        state.finished = max(state.finished, self._seen)
-        return True
+        if self._reached:
+            state.finished = max(state.finished, self._seen)
+            return True
+        self._reached = True  # at the next question
+        return False
 
     def synchronize(self):
         state.forbid_waiting("a synchronisation")
-        state.finished = max(state.finished, self._seen)
+        state.finished, self._reached = max(state.finished, self._seen), True
 
     def wait(self, stream=None):
         pass
@@ -348,10 +363,10 @@ class Module:
         return state.stream
 
     def mem_get_info(self, device=None):
-        return state.total_bytes, state.total_bytes
+        return state.total_bytes - state.allocated_bytes(), state.total_bytes
 
     def memory_allocated(self, device=None):
-        return 0
+        return state.allocated_bytes()
 
     def empty_cache(self):
         pass
@@ -401,14 +416,21 @@ def install():
     fallback.fallback(lambda func, *args, **kwargs: run(func, args, kwargs), "PrivateUse1")
     # The composite form grows an empty tensor in place, which a wrapper cannot follow.
     factories = torch.library.Library("aten", "IMPL")
-    for name in ("arange", "arange.start", "arange.start_step"):
-        overload = name.partition(".")[2] or "default"
-        factories.impl(name, _factory(getattr(torch.ops.aten.arange, overload)), "PrivateUse1")
+    for name in ("arange", "arange.start", "arange.start_step", "eye", "eye.m"):
+        packet, _, overload = name.partition(".")
+        made = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        factories.impl(name, _factory(made), "PrivateUse1")
     _kept.extend((fallback, factories, define(Path(__file__).with_name("schemas.json"))))
     make = torch.empty
 
     def empty(*args, pin_memory=False, **kwargs):
-        return make(*args, **kwargs)  # host memory is host memory here
+        made = make(*args, **kwargs)  # host memory is host memory here
+        if pin_memory:
+            state.pinned.add(made.untyped_storage().data_ptr())
+        return made
+
+    def is_pinned(tensor, *_device):
+        return tensor.untyped_storage().data_ptr() in state.pinned
 
     make_from_data = torch.tensor
 
@@ -416,5 +438,5 @@ def install():
         made = make_from_data(data, **kwargs)  # of another device it fails inside of torch
         return made if device is None else made.to(device)
 
-    torch.empty, torch.tensor = empty, tensor
+    torch.empty, torch.tensor, torch.Tensor.is_pinned = empty, tensor, is_pinned
     sys.modules["torch_npu"].npu = module

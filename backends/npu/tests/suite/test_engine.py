@@ -24,15 +24,21 @@ LIMIT = 7e-2
 """Largest difference of logits, relative to the largest: bfloat16 through two layers."""
 
 
+def shaped(name):
+    """Class and configuration of a family, tiny but in sizes that the operators take."""
+    model_class, config = family(name)
+    for field, value in SIZES.items():
+        if hasattr(config, field):
+            setattr(config, field, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: SIZES["num_hidden_layers"]]
+    return model_class, config
+
+
 @pytest.fixture(scope="module", params=["llama", "qwen3", "minicpm3"])
 def model(request, tmp_path_factory):
     """A folder with a tiny model, and the same model in float32 on the host."""
-    model_class, config = family(request.param)
-    for name, value in SIZES.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    if getattr(config, "layer_types", None):
-        config.layer_types = ["full_attention"] * SIZES["num_hidden_layers"]
+    model_class, config = shaped(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     made = tiny_model(model_class, config).to(torch.bfloat16)
     made.save_pretrained(folder)
@@ -114,6 +120,7 @@ def test_what_was_found_is_in_the_facts(runtime):
     assert answer.facts["evidence"] == EVIDENCE
     assert answer.facts["communicator"] == "hccl"
     assert answer.facts["self-test"] == "all features agree"
+    assert answer.facts.get("simulated", "") == runtime.simulated
     assert answer.graph.default
     assert answer.memory.page_sizes == (128,)
     assert answer.arch in ("a2", "a3", "950")

@@ -114,7 +114,11 @@ def keys_and_values_swapped(real):
 
 
 def blocks_instead_of_pages(patch):
-    patch.setattr(NpuKVPool, "pages", NpuKVPool.blocks)
+    def blocks(self, call_id):
+        parts = self._parts(call_id)
+        return tuple(part.view(-1, self.page_size, *part.shape[1:]) for part in parts)
+
+    patch.setattr(NpuKVPool, "pages", blocks)
 
 
 def default_cache_mode(patch):
@@ -286,11 +290,11 @@ def test_rebinding_instead_of_copying_is_caught(runtime, unchecked, record_prope
 
 
 def test_an_output_taken_for_another_is_caught(runtime, monkeypatch):
-    x = torch.randn(3, 64).to(torch.bfloat16)
-    place, weight = runtime.device, torch.ones(64, dtype=torch.bfloat16)
+    x = torch.randn(3, 64).to(torch.float16)
+    place, weight = runtime.device, torch.ones(64, dtype=torch.float16)
     real = torch.ops.npu.npu_add_rms_norm
     swapped = lambda *args, **kwargs: real(*args, **kwargs)[::-1]  # noqa: E731
-    args = (x.to(place), x.to(place), weight.to(place), None, 1e-6, "weight_fp32")
+    args = (x.to(place), x.to(place), weight.to(place), None, 1e-6, "weight_after_cast")
     total = ops.add_norm(*args)[1].cpu()
     monkeypatch.setattr(torch.ops.npu, "npu_add_rms_norm", swapped, raising=False)
     assert torch.equal(total, x + x)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CALLS", "MAX_CONTEXT_LEN", "PASSES", "AttentionCase", "Pass", "cases_for"]
+__all__ = ["CALLS", "DTYPES", "MAX_CONTEXT_LEN", "PASSES", "AttentionCase", "Pass", "cases_for"]
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -39,6 +39,16 @@ CALLS = {
         _PLAIN, num_heads=8, num_kv_heads=1, head_dim=40, value_dim=32, value_in_key=True
     ),
     "both_ways": replace(_PLAIN, causal=False),
+    "sinks_of_64": replace(_PLAIN, num_heads=4, head_dim=64, value_dim=64, sinks=True),
+    "latent_of_512": replace(
+        _PLAIN,
+        num_heads=6,
+        num_kv_heads=1,
+        head_dim=576,
+        value_dim=512,
+        scale=0.07,
+        value_in_key=True,
+    ),
 }
 """Kinds of call, small enough for any machine."""
 
@@ -78,6 +88,8 @@ PASSES = {
 """Kinds of pass; lengths lie on, before and behind the borders of pages of 16."""
 
 MAX_CONTEXT_LEN = 96
+DTYPES = ("float32", "float16", "bfloat16")
+"""From the finest to the coarsest: the finer, the smaller the mistakes that show."""
 _ERRORS = {"float32": 1e-5, "bfloat16": 1.2e-2, "float16": 2e-3}
 
 
@@ -101,16 +113,20 @@ class AttentionCase:
     kv_dtype: str
     page_size: int
 
-    def harmless(self, capabilities: BackendCapabilities) -> bool:
+    def harmless(self, capabilities: BackendCapabilities, dtype: str) -> bool:
         """Whether an implementation that refuses the case may be tried all the same.
 
         Only where the refusal is about which scores count and how: a kernel that is wrong
         about dtypes, sizes or pages reads foreign memory and takes the process with it.
+
+        Args:
+            capabilities: The backend's.
+            dtype: One that the implementation reads.
         """
         marks = {"window": None, "chunk": None, "softcap": None, "sinks": False, "causal": True}
         plain = replace(self.call, **marks, scale=_PLAIN.scale)  # type: ignore[arg-type]
         known = self.page_size in capabilities.memory.page_sizes
-        return plain == _PLAIN and known and self.dtype == self.kv_dtype == "float32"
+        return plain == _PLAIN and known and self.dtype == self.kv_dtype == dtype
 
     @property
     def tolerance(self) -> float:
@@ -122,13 +138,19 @@ class AttentionCase:
         return max(_ERRORS.get(self.dtype, 0.1), _ERRORS.get(self.kv_dtype, 0.1))
 
 
-def cases_for(capabilities: BackendCapabilities) -> Iterator[AttentionCase]:
+def cases_for(
+    capabilities: BackendCapabilities, dtype: str = "float32"
+) -> Iterator[AttentionCase]:
     """Every kind of call in every kind of pass; then every page size and every dtype.
 
     Those that a backend does not declare are among them, for the sake of honesty.
+
+    Args:
+        capabilities: The backend's.
+        dtype: Of model and cache, where a case is about something else.
     """
     page = capabilities.memory.page_sizes[0]
-    base = {"dtype": "float32", "kv_dtype": "float32", "page_size": page}
+    base = {"dtype": dtype, "kv_dtype": dtype, "page_size": page}
     for kind, call in CALLS.items():
         for name, work in PASSES.items():
             yield AttentionCase(name=f"{kind}.{name}", call=call, work=work, **base)  # type: ignore[arg-type]
@@ -136,10 +158,10 @@ def cases_for(capabilities: BackendCapabilities) -> Iterator[AttentionCase]:
     for size in dict.fromkeys((*capabilities.memory.page_sizes, 1, 16, 64)):
         for name in ("chunked", "decode", "mixed"):
             yield AttentionCase(
-                name=f"page_of_{size}.{name}", call=call, work=PASSES[name], dtype="float32",
-                kv_dtype="float32", page_size=size,
+                name=f"page_of_{size}.{name}", call=call, work=PASSES[name],
+                **(base | {"page_size": size}),  # type: ignore[arg-type]
             )  # fmt: skip
-    dtypes = dict.fromkeys((*capabilities.compute_dtypes, "float32", "bfloat16", "float16"))
+    dtypes = dict.fromkeys((*capabilities.compute_dtypes, *DTYPES))
     kinds = dict.fromkeys(
         [(dtype, dtype) for dtype in dtypes]
         + [(capabilities.compute_dtypes[0], kv) for kv in capabilities.kv_dtypes]

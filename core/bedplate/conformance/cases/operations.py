@@ -48,10 +48,21 @@ _ULPS = 4.0
 
 
 class Draw:
-    """Random host tensors of one case."""
+    """Random host tensors of one case.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        seed: The same numbers for the same seed.
+        page_size: Tokens a page; caches are whole pages, as pools are.
+    """
+
+    def __init__(self, seed: int, page_size: int = 1) -> None:
         self._generator = torch.Generator().manual_seed(seed)
+        self._page_size = page_size
+
+    def whole_pages(self, slots: int) -> int:
+        """The least number of slots that are whole pages, page 0 and another at least."""
+        size = self._page_size
+        return -(-max(slots, 2 * size) // size) * size
 
     def normal(self, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """Normal numbers."""
@@ -117,9 +128,9 @@ class OpCase:
         """Largest error of one element, in units in the last place of its row."""
         return 0.0 if self.tolerance == 0 else _ULPS * (16 if self.dtype == "float32" else 1)
 
-    def arguments(self, seed: int = 0) -> Arguments:
-        """Drawn anew; the same for the same seed."""
-        return self.make(Draw(seed), getattr(torch, self.dtype))
+    def arguments(self, page_size: int, seed: int = 0) -> Arguments:
+        """Drawn anew, with caches of whole pages; the same for the same seed."""
+        return self.make(Draw(seed, page_size), getattr(torch, self.dtype))
 
     def written(self, arguments: Arguments) -> list[Any]:
         """What the operation left in the arguments that it changes."""
@@ -211,6 +222,7 @@ def _norms() -> Iterator[OpCase]:
                 op="add_norm", name=f"{order}.{name}", dtype=dtype, tolerance=_SUMS[dtype],
                 make=partial(_add_norm, order=order, **facts),
                 attributes={"order": order, "size": facts["shape"][-1]}, differing=_FEW,
+                empty=name == "none",
                 rows=() if name in ("parts", "none") else ("x", "residual"),
             )  # fmt: skip
 
@@ -244,6 +256,7 @@ def _linears() -> Iterator[OpCase]:
                     make=partial(_linear, rows=rows, size=size, bias=bias, finish=finish),
                     attributes={"in": size[0], "out": size[1]}, tolerance=_SUMS[dtype],
                     wide=True, rows=("x",), nbytes=2 * size[0] * size[1] * (name == "many"),
+                    empty=name == "none",
                 )  # fmt: skip
 
 
@@ -285,7 +298,7 @@ def _norm_linears() -> Iterator[OpCase]:
             op="norm_linear", name=f"{order}.{name}", dtype=dtype,
             make=partial(_norm_linear, order=order, **facts),
             attributes={"in": wide, "out": out, "order": order, "act": facts["act"]},
-            tolerance=2 * _SUMS[dtype],
+            tolerance=2 * _SUMS[dtype], empty=name == "none",
             rows=() if name in ("parts", "none") else ("x", "residual"),
         )  # fmt: skip
 
@@ -304,7 +317,7 @@ def _gates() -> Iterator[OpCase]:
                     differing=_FEW,
                     make=partial(_gate, shape=shape, act=act), attributes={"act": act},
                     spaced=("x",) if name in ("odd", "ranks") else (), rows=("x",),
-                    shifted=name == "many", tolerance=_SUMS[dtype],
+                    shifted=name == "many", tolerance=_SUMS[dtype], empty=name == "none",
                     nbytes=6 * shape[0] * shape[-1] if name == "many" else 0,
                 )  # fmt: skip
 
@@ -316,15 +329,14 @@ def _heads(
     draw: Draw, dtype: torch.dtype, *, tokens: int = 5, heads: tuple[int, int] = (4, 2),
     size: int = 16, value_size: int | None = None, rotated: int | None = None,
     style: str = "half", stepwise: bool = True, order: str = "", flat: bool = False,
-    pool: str | None = "same", slots: torch.dtype = torch.int64,
+    pool: str | None = "same", slots: torch.dtype = torch.int64, wide_angles: bool = False,
 ) -> Arguments:  # fmt: skip
     queries, keys = heads
     value_size = value_size or size
     rotated = size if rotated is None else rotated
     angles = torch.arange(_POSITIONS)[:, None] * 0.7 ** torch.arange(max(rotated // 2, 1))
-    rope = RopeTable(
-        cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), style=style, stepwise=stepwise
-    )
+    cos, sin = ((x if wide_angles else x.to(dtype)) for x in (angles.cos(), angles.sin()))
+    rope = RopeTable(cos=cos, sin=sin, style=style, stepwise=stepwise)
     arguments: Arguments = {
         "q": draw.normal(tokens, queries, size, dtype=dtype),
         "k": draw.normal(tokens, keys, size, dtype=dtype),
@@ -345,10 +357,11 @@ def _heads(
         )
     if pool is not None:
         kind = dtype if pool == "same" else getattr(torch, pool)
+        rows = draw.whole_pages(_POOL)
         arguments |= {
-            "keys": torch.full((_POOL, keys, size), float("nan")).to(kind),
-            "values": torch.full((_POOL, keys, value_size), float("nan")).to(kind),
-            "slots": (1 + draw.order(_POOL - 1)[:tokens]).to(slots),
+            "keys": torch.full((rows, keys, size), float("nan")).to(kind),
+            "values": torch.full((rows, keys, value_size), float("nan")).to(kind),
+            "slots": (1 + draw.order(rows - 1)[:tokens]).to(slots),
         }
     return arguments
 
@@ -357,6 +370,7 @@ def _head_cases() -> Iterator[OpCase]:
     kinds: dict[str, dict[str, Any]] = {
         "halves": {},
         "halves.rounded_once": {"stepwise": False, "slots": torch.int32},
+        "halves.wide_angles": {"stepwise": False, "wide_angles": True},
         "pairs": {"style": "interleaved", "tokens": 1},
         "pairs.rounded_once": {"style": "interleaved", "stepwise": False, "pool": None},
         "some_columns": {"size": 40, "rotated": 12, "heads": (5, 1)},
@@ -381,6 +395,7 @@ def _head_cases() -> Iterator[OpCase]:
                 "norm": facts.get("order", ""), "flat": facts.get("flat", False),
             },
             writes=("q", "k", "keys", "values"), spaced=("q", "k", "v"), differing=_FEW,
+            empty=name == "no_tokens",
             tolerance=_SUMS[dtype] if "order" in facts else _STEPS[dtype],
         )  # fmt: skip
 

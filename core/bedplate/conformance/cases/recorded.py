@@ -52,7 +52,7 @@ def _case(number: int, entry: dict[str, Any]) -> OpCase:
         template,
         name=f"recorded.{number}",
         dtype=entry["dtype"],
-        make=partial(_make, arguments=_small_pools(arguments)),
+        make=partial(_make, arguments=arguments),
         attributes=entry["attributes"],
         spaced=tuple(name for name, value in arguments.items() if _is_spaced(value)),
         shifted=False,
@@ -61,12 +61,13 @@ def _case(number: int, entry: dict[str, Any]) -> OpCase:
     )
 
 
-def _small_pools(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A cache of no more rows than the case needs: the real one may be most of the memory."""
+def _small_pools(draw: Draw, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A cache of no more pages than the case needs: the real one may be most of the memory."""
     slots = arguments.get("slots")
     if slots is None:
         return arguments
-    rows = min(arguments["keys"]["shape"][0], slots["shape"][0] + _SPARE_SLOTS)
+    needed = min(arguments["keys"]["shape"][0], slots["shape"][0] + _SPARE_SLOTS)
+    rows = draw.whole_pages(needed)
     pools = {
         name: {**arguments[name], "shape": [rows, *arguments[name]["shape"][1:]]}
         for name in ("keys", "values")
@@ -75,7 +76,8 @@ def _small_pools(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make(draw: Draw, _dtype: torch.dtype, *, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: _value(draw, name, value) for name, value in arguments.items()}
+    small = _small_pools(draw, arguments)
+    return {name: _value(draw, name, value) for name, value in small.items()}
 
 
 def _value(draw: Draw, name: str, value: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from bedplate.batch.forward_mode import ForwardMode
 from bedplate.conformance.cases.attention import (
     CALLS,
+    DTYPES,
     PASSES,
     AttentionCase,
     cases_for,
@@ -41,12 +42,12 @@ def checks(subject: Subject) -> Iterator[Check]:
     """One check per implementation and case, then properties of each implementation."""
     for provider in subject.bound.attention_providers:
         make = partial(_check_of, provider, subject)
-        for case in cases_for(subject.capabilities):
+        for case in cases_for(subject.capabilities, _finest(subject, provider)):
             if _serves(provider, case):
                 yield _case_check(case, provider, subject)
         yield from _surplus_checks(provider, subject)
         for name in ("chunked", "decode"):
-            case = _case(subject, name)
+            case = _case(subject, provider, name)
             if not _serves(provider, case):
                 continue
             yield make(f"page_order/{name}", partial(_page_order, case, provider), case)
@@ -56,7 +57,7 @@ def checks(subject: Subject) -> Iterator[Check]:
                 level=3, name=f"{provider.name}/batch_invariant/{name}", attempt=False,
                 run=partial(_batch_invariant, case, provider), declared=_promise(provider),
             )  # fmt: skip
-        yield make("idle", partial(_idle, provider), _case(subject, "decode"))
+        yield make("idle", partial(_idle, provider), _case(subject, provider, "decode"))
         yield make("never_chosen_when_refused", partial(_refusals, provider), None)
 
 
@@ -104,8 +105,9 @@ def _case_check(case: AttentionCase, provider: AttentionProvider, subject: Subje
 def _surplus_checks(provider: AttentionProvider, subject: Subject) -> Iterator[Check]:
     """A kind of call that is refused, tried in every pass: ``supports`` knows no passes."""
     kinds: dict[str, list[AttentionCase]] = {}
-    for case in cases_for(subject.capabilities):
-        if case.harmless(subject.capabilities) and _serves(provider, case):
+    dtype = _finest(subject, provider)
+    for case in cases_for(subject.capabilities, dtype):
+        if case.harmless(subject.capabilities, dtype) and _serves(provider, case):
             kinds.setdefault(case.name.partition(".")[0], []).append(case)
     for kind, cases in kinds.items():
         claim = declared(subject, provider, cases[0])
@@ -126,11 +128,21 @@ def _serves(provider: AttentionProvider, case: AttentionCase) -> bool:
     return provider.modes in ("all", "decode" if decode else "extend")
 
 
-def _case(subject: Subject, work: str) -> AttentionCase:
+def _case(
+    subject: Subject, provider: AttentionProvider, work: str, dtype: str = ""
+) -> AttentionCase:
+    dtype = dtype or _finest(subject, provider)
     return AttentionCase(
-        name=work, call=CALLS["plain"], work=PASSES[work], dtype="float32",
-        kv_dtype="float32", page_size=subject.capabilities.memory.page_sizes[0],
+        name=work, call=CALLS["plain"], work=PASSES[work], dtype=dtype, kv_dtype=dtype,
+        page_size=subject.page_size,
     )  # fmt: skip
+
+
+def _finest(subject: Subject, provider: AttentionProvider) -> str:
+    """The finest dtype in which the implementation serves a plain call."""
+    plain = {dtype: _case(subject, provider, "decode", dtype) for dtype in DTYPES}
+    served = (dtype for dtype, case in plain.items() if declared(subject, provider, case))
+    return next(served, DTYPES[0])
 
 
 def _check_case(
@@ -198,7 +210,7 @@ def _batch_invariant(
 
 def _idle(provider: AttentionProvider, subject: Subject) -> None:
     """A pass without tokens is no work, and no error."""
-    case = _case(subject, "decode")
+    case = _case(subject, provider, "decode")
     bench = PagedBench(case, subject.bound, provider)
     batch = replace(bench.batch(), mode=ForwardMode.IDLE)
     call = case.call

@@ -8,10 +8,12 @@ __all__ = ["checks"]
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bedplate.conformance.cases.attention import DTYPES
 from bedplate.conformance.check import Check, Wrong, require
+from bedplate.conformance.graph_attention import choose_attention
 from bedplate.conformance.oracle import NEW, Oracle, greedy
 from bedplate.contract.decisions import Support
-from bedplate.errors import RequestTooLongError
+from bedplate.errors import RequestTooLongError, UnsupportedError
 from bedplate.runner.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def checks(subject: Subject) -> Iterator[Check]:
     """Families, dtypes, conditions, and what ends a text."""
     have = subject.capabilities
     for name in FAMILIES:
-        yield Check(level=6, name=f"family/{name}", run=partial(_family, name, "float32"))
+        yield Check(level=6, name=f"family/{name}", run=partial(_family, name, ""))
     for dtype in have.compute_dtypes:
         if dtype != "float32" and dtype in have.kv_dtypes:
             yield Check(level=6, name=f"dtype/{dtype}", run=partial(_family, "qwen3", dtype))
@@ -59,10 +61,7 @@ def checks(subject: Subject) -> Iterator[Check]:
         run = partial(_condition, {"page_size": size})
         yield Check(level=6, name=f"condition/page_of_{size}", run=run)
     graphs = Support.yes() if have.graph.default else Support.no("graph.default is off")
-    yield Check(
-        level=6, name="condition/graphs", declared=graphs, attempt=False,
-        run=partial(_condition, {"graphs": True, "capture_sizes": (1, 2, 4, 8)}),
-    )  # fmt: skip
+    yield Check(level=6, name="condition/graphs", declared=graphs, attempt=False, run=_graphs)
     same_bits = (
         Support.yes()
         if have.determinism == "batch_invariant"
@@ -81,12 +80,21 @@ def checks(subject: Subject) -> Iterator[Check]:
         yield Check(level=6, name=name, run=act)
 
 
-def _oracle(subject: Subject, name: str = "qwen3", dtype: str = "float32") -> Oracle:
+def _oracle(subject: Subject, name: str = "qwen3", dtype: str = "") -> Oracle:
+    dtype = dtype or _finest(subject)
     return subject.keep(f"oracle {name} {dtype}", lambda: Oracle(name, dtype))
 
 
-def _limit(subject: Subject, dtype: str = "float32") -> float:
-    return subject.tolerance(_LIMITS.get(dtype, 0.5))
+def _limit(subject: Subject, dtype: str = "") -> float:
+    return subject.tolerance(_LIMITS.get(dtype or _finest(subject), 0.5))
+
+
+def _finest(subject: Subject) -> str:
+    """The finest dtype that the backend's attention reads; any, where it brings none."""
+    try:
+        return choose_attention(subject.bound)[0]
+    except UnsupportedError:
+        return DTYPES[0]
 
 
 def _family(name: str, dtype: str, subject: Subject) -> dict[str, float]:
@@ -102,6 +110,18 @@ def _condition(settings: dict[str, Any], subject: Subject) -> dict[str, float]:
     prompts = oracle.prompts()
     with oracle.engine(subject, **settings) as engine:
         outputs = engine.generate(prompts, greedy(prompt_logprobs=None))
+    return oracle.parity(prompts, outputs).check(_limit(subject))
+
+
+def _graphs(subject: Subject) -> dict[str, float]:
+    """Recorded passes change nothing but time, and there are some."""
+    oracle = _oracle(subject)
+    prompts = oracle.prompts()
+    with oracle.engine(subject, graphs=True, capture_sizes=(1, 2, 4, 8)) as engine:
+        outputs = engine.generate(prompts, greedy(prompt_logprobs=None))
+        graphs = engine.runner.graph_runner
+        replays = 0 if graphs is None else sum(graphs.stats.replays.values())
+    require(replays, "graphs are declared as the default, and no pass is replayed")
     return oracle.parity(prompts, outputs).check(_limit(subject))
 
 
@@ -139,10 +159,12 @@ def _same_bits(subject: Subject) -> None:
 
 def _prefix_reuse(subject: Subject) -> dict[str, float]:
     """A request that finds its prefix in the cache is right, and so is its neighbour."""
-    oracle = _oracle(subject)
-    base = oracle.prompts((64,))[0]
-    prompts = [base, base[:40] + oracle.prompts((9,))[0], base[:64]]
-    with oracle.engine(subject, page_size=_page(subject)) as engine:
+    oracle, page = _oracle(subject), _page(subject)
+    length = 2 * max(page, 32)
+    base, other = oracle.prompts((length,))[0], oracle.prompts((9,))[0]
+    prompts = [base, base[: length * 5 // 8] + other, base]
+    room = {"max_context_len": length + 32, "max_total_tokens": 16 * length}
+    with oracle.engine(subject, page_size=page, **room) as engine:
         first = engine.generate([base], greedy(prompt_logprobs=None))
         outputs = engine.generate(prompts, greedy(prompt_logprobs=None))
     require(outputs[1].cached_tokens > 0, "a shared prefix is computed again")
@@ -151,7 +173,9 @@ def _prefix_reuse(subject: Subject) -> dict[str, float]:
 
 
 def _page(subject: Subject) -> int:
-    return min(subject.capabilities.memory.page_sizes[0], 32)
+    """The first choice if it is small, as prompts are here; else the smallest that there is."""
+    sizes = subject.capabilities.memory.page_sizes
+    return next((size for size in sizes if size <= 32), min(sizes))
 
 
 def _seeds(subject: Subject) -> None:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from bedplate.batch.forward_mode import CaptureHiddenMode
-from bedplate.conformance.check import Check, require
+from bedplate.conformance.check import Check, Leave, require
 from bedplate.conformance.graph_bench import SIZES, GraphBench
 from bedplate.contract.decisions import Support
+from bedplate.errors import UnsupportedError
+from bedplate.reference.closeness import relative_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from bedplate.conformance.subject import Subject
     from bedplate.testing.tiny_decoder import TinyDecoder
 
-_EXACT = 1e-5
-"""Relative error that is allowed: padded products may be summed in another order."""
 _GRAPH_BYTES = 256 << 20
 """Memory that one graph of the smallest decoder may take."""
 
@@ -38,6 +38,7 @@ def checks(subject: Subject) -> Iterator[Check]:
         "poisoned_slots": _poisoned_slots,
         "interleaved": _interleaved,
         "buckets_take_turns": _buckets_take_turns,
+        "queued": _queued,
         "weights_in_place": _weights_in_place,
         "stable_addresses": _stable_addresses,
         "recapture": _recapture,
@@ -45,13 +46,14 @@ def checks(subject: Subject) -> Iterator[Check]:
         "host_read": _host_read,
         "failing_capture": _failing_capture,
         "memory": _memory,
+        "engine_attention": _engine_attention,
     }
     for name, run in properties.items():
         yield Check(level=5, name=name, run=run, declared=claim)
 
 
-def _limit(subject: Subject) -> float:
-    return subject.tolerance(_EXACT)
+def _limit(subject: Subject, bench: GraphBench) -> float:
+    return subject.tolerance(bench.exact)
 
 
 def _shared(subject: Subject) -> GraphBench:
@@ -61,7 +63,8 @@ def _shared(subject: Subject) -> GraphBench:
 
 def _replay_equals_eager(subject: Subject) -> dict[str, float]:
     """Every number of requests, padded or not."""
-    bench, limit = _shared(subject), _limit(subject)
+    bench = _shared(subject)
+    limit = _limit(subject, bench)
     sizes = range(1, SIZES[-1] + 1)
     worst = [bench.compare([3 + i for i in range(n)], limit, seed=n) for n in sizes]
     return {"error": max(worst)}
@@ -69,14 +72,16 @@ def _replay_equals_eager(subject: Subject) -> dict[str, float]:
 
 def _lengths_grow(subject: Subject) -> None:
     """Lengths, positions and slots of later steps are seen, not those of the capture."""
-    bench, limit = _shared(subject), _limit(subject)
+    bench = _shared(subject)
+    limit = _limit(subject, bench)
     for length in range(2, 11):
         bench.compare([length, 3, length + 1], limit, seed=length)
 
 
 def _poisoned_slots(subject: Subject) -> None:
     """What earlier batches left in the slots changes neither logits nor cache."""
-    bench, limit = _shared(subject), _limit(subject)
+    bench = _shared(subject)
+    limit = _limit(subject, bench)
     for lengths in ([4], [5, 2, 7], [3, 3, 3, 3], [6, 2]):
         bench.poison()
         bench.compare(lengths, limit, seed=len(lengths))
@@ -84,7 +89,8 @@ def _poisoned_slots(subject: Subject) -> None:
 
 def _interleaved(subject: Subject) -> None:
     """Eager passes in between change nothing."""
-    bench, limit = _shared(subject), _limit(subject)
+    bench = _shared(subject)
+    limit = _limit(subject, bench)
     for turn in range(3):
         bench.compare([4 + turn, 2, 3], limit, seed=turn)
         bench.eager(bench.batch([9, 1, 5, 2], seed=turn + 9))
@@ -93,22 +99,42 @@ def _interleaved(subject: Subject) -> None:
 
 def _buckets_take_turns(subject: Subject) -> None:
     """Graphs that share a pool do not disturb each other."""
-    bench, limit = _shared(subject), _limit(subject)
+    bench = _shared(subject)
+    limit = _limit(subject, bench)
     for turn in range(2):
         for size in (4, 1, 3, 2, 4):
             bench.compare([3 + turn + i for i in range(size)], limit, seed=turn)
 
 
+def _queued(subject: Subject) -> None:
+    """Replays one behind the other, none waited for: each has its own lengths and slots."""
+    bench = _shared(subject)
+    batches = [bench.batch(lengths, seed=len(lengths)) for lengths in
+               ([3, 7, 2], [8, 4], [5, 5, 9, 3], [10], [4, 8, 3])]  # fmt: skip
+    start = bench.copied()
+    want = [bench.eager(batch).next_token_logits.clone() for batch in batches]
+    bench.restore(start)
+    bench.runtime.synchronize()
+    got = [bench.replay(batch).next_token_logits.clone() for batch in batches]
+    for number, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        error = relative_error(ours.cpu(), theirs.cpu())
+        require(
+            error <= _limit(subject, bench),
+            f"replay {number + 1} of {len(got)} in a row is another by {error:.1e}",
+        )
+
+
 def _weights_in_place(subject: Subject) -> None:
     """A weight that is updated where it lies is used."""
-    bench, limit = _shared(subject), _limit(subject)
+    bench = _shared(subject)
+    limit = _limit(subject, bench)
     with torch.no_grad():
-        bench.model.embedding.mul_(0.5)
+        bench.place.model.embedding.mul_(0.5)
     try:
         bench.compare([3, 5], limit)
     finally:
         with torch.no_grad():
-            bench.model.embedding.mul_(2.0)
+            bench.place.model.embedding.mul_(2.0)
 
 
 def _stable_addresses(subject: Subject) -> None:
@@ -123,14 +149,15 @@ def _stable_addresses(subject: Subject) -> None:
     before = addresses()
     padded = bench.batch([1])
     for lengths in ([6, 5, 4], [4, 2, 3]):
-        bench.replay(bench.batch(lengths))
-        padded = bench.attention.prepared[-1]
+        batch = bench.batch(lengths)
+        bench.replay(batch)
+        padded, want = bench.prepared, batch.seq_lens_cpu.tolist()
         seen = padded.seq_lens_cpu.tolist()[:3]
-        require(seen == lengths, f"host lengths are {seen}, not {lengths}: they are stale")
+        require(seen == want, f"host lengths are {seen}, not {want}: they are stale")
     require(addresses() == before, "static slots move between replays")
     require(padded.req_pool_indices.tolist()[3:] == [0], "padding is not in request row 0")
     require(padded.out_cache_loc.tolist()[3:] == [0], "padding does not write to slot 0")
-    fill = bench.attention.seq_len_fill_value
+    fill = bench.place.attention.seq_len_fill_value
     require(padded.seq_lens.tolist()[3:] == [fill], "padding has another length than asked for")
     require(padded.seq_lens.tolist() == padded.seq_lens_cpu.tolist(), "host lengths are stale")
 
@@ -143,14 +170,13 @@ def _tensors(batch: ForwardBatch) -> list[torch.Tensor]:
 
 def _recapture(subject: Subject) -> None:
     """After release, over a cache that has grown, everything is captured anew."""
-    limit = _limit(subject)
     bench = GraphBench(subject.bound, sizes=(2,)).captured()
+    limit = _limit(subject, bench)
     bench.compare([3, 4], limit)
     bench.runner.release()
     require(not bench.runner.captured, "release() keeps graphs")
     require(not bench.runner.can_run(bench.batch([3])), "a released runner accepts a batch")
-    bench.attention.keys = torch.cat([bench.attention.keys] * 2)
-    bench.attention.values = torch.cat([bench.attention.values] * 2)
+    bench.place.grow()
     bench.captured()
     bench.compare([5, 2], limit, seed=1)
 
@@ -158,8 +184,8 @@ def _recapture(subject: Subject) -> None:
 def _hidden_states(subject: Subject) -> None:
     """Graphs with and without hidden states side by side."""
     hidden = (CaptureHiddenMode.NULL, CaptureHiddenMode.LAST)
-    limit = _limit(subject)
     bench = GraphBench(subject.bound, sizes=(2,), hidden=hidden).captured()
+    limit = _limit(subject, bench)
     batch = bench.batch([3, 6], hidden=CaptureHiddenMode.LAST)
     want = bench.eager(batch).hidden_states
     got = bench.replay(batch).hidden_states
@@ -188,7 +214,7 @@ def _host_read(subject: Subject) -> None:
         require(not bench.runner.can_run(bench.batch([3, 3])), "a failed graph accepts batches")
         return
     batch = bench.batch([3, 7])
-    want = bench.eager(batch).next_token_logits * 7
+    want = bench.eager(batch).next_token_logits * float(batch.seq_lens_cpu.max())
     got = bench.replay(batch).next_token_logits
     same = torch.allclose(got, want, rtol=1e-4, atol=1e-5)
     require(same, "a host read is baked into the graph in silence")
@@ -208,7 +234,7 @@ def _failing_capture(subject: Subject) -> None:
     require(points == ["graph.1"], f"one failing bucket gives the decisions {points}")
     reason = bench.decisions[0].candidates[0].reason
     require("injected" in reason, f"the reason does not name the cause: {reason}")
-    limit = _limit(subject)
+    limit = _limit(subject, bench)
     bench.compare([4, 2], limit)
     bench.compare([5], limit)
 
@@ -234,3 +260,17 @@ def _memory(subject: Subject) -> dict[str, float]:
     lost = before - runtime.memory().free_bytes
     require(lost <= _GRAPH_BYTES, f"{lost >> 20} MiB do not come back after release()")
     return {"graph_bytes": float(taken)}
+
+
+def _engine_attention(subject: Subject) -> dict[str, float]:
+    """The attention that an engine would choose, recorded: lengths, padding, stale slots."""
+    try:
+        bench = GraphBench(subject.bound, sizes=(4,), kits=False).captured()
+    except UnsupportedError as error:
+        raise Leave(error.message) from error
+    limit, worst = _limit(subject, bench), []
+    for turn, size in enumerate((4, 2, 1, 3, 4)):
+        bench.poison()
+        lengths = [2 + turn + i for i in range(size)]
+        worst.append(bench.compare(lengths, limit, seed=turn))
+    return {"error": max(worst)}

@@ -171,10 +171,12 @@ def _check_case(case: OpCase, provider: OpProvider, subject: Subject) -> dict[st
     answer = provider.supports(request)
     require(isinstance(answer, Support), f"supports() gives {type(answer).__name__}")
     require(answer or answer.reason, "supports() refuses without a reason")
-    want = wanted(case, case.arguments())
+    want = wanted(case, case.arguments(subject.page_size))
     with subject.bound.runtime.inference_guard():
-        got, guards = run_case(case, provider, subject.device, case.arguments())
-        again, _ = run_case(case, provider, subject.device, case.arguments())
+        got, guards = run_case(
+            case, provider, subject.device, case.arguments(subject.page_size)
+        )
+        again, _ = run_case(case, provider, subject.device, case.arguments(subject.page_size))
     guards.check(case.writes)
     error = compare(got, want, case, subject.tolerance(1.0))
     if provider.determinism != "none" and provider.kind != "reference":
@@ -215,7 +217,7 @@ def _rows_alone(op: str, provider: OpProvider, subject: Subject) -> None:
     """Rows that are computed alone, and in another order, have the same bits."""
     looked = 0
     for case in cases_of(op):
-        arguments = case.arguments()
+        arguments = case.arguments(subject.page_size)
         if not case.rows or not declared(subject, provider, case):
             continue
         count = arguments[case.rows[0]].shape[0]
@@ -236,7 +238,7 @@ def _rows_alone(op: str, provider: OpProvider, subject: Subject) -> None:
 def _results(
     case: OpCase, provider: OpProvider, subject: Subject, rows: Tensor
 ) -> list[Tensor]:
-    arguments = case.arguments()
+    arguments = case.arguments(subject.page_size)
     chosen = {name: arguments[name][rows] for name in case.rows if arguments[name] is not None}
     return run_case(case, provider, subject.device, arguments | chosen)[0]
 

@@ -36,8 +36,8 @@ _POOL_TOKENS = 96
 def checks(subject: Subject) -> Iterator[Check]:
     """Properties of the allocator, then of the pool in every dtype."""
     allocator: dict[str, Callable[[Subject], None]] = {
-        "machine": _machine,
         "contradictions": _contradictions,
+        "machine": _machine,
         "fragmentation": _fragmentation,
         "prefix_sharing": _prefix_sharing,
     }
@@ -63,13 +63,9 @@ def _machine(subject: Subject) -> None:
     run_machine(make, sizes, examples=_EXAMPLES, steps=_STEPS)
 
 
-def _page_size(subject: Subject) -> int:
-    return max(subject.capabilities.memory.page_sizes[0], 1)
-
-
 def _contradictions(subject: Subject) -> None:
     """Calls that cannot be meant raise, and change nothing."""
-    size = _page_size(subject)
+    size = subject.page_size
     allocator = allocator_of(subject, AllocatorRequest(num_tokens=8 * size, page_size=size))
     slots = allocator.alloc(2 * size)
     assert slots is not None
@@ -108,7 +104,7 @@ def _free_twice(allocator: TokenToKVPoolAllocator, slots: object) -> None:
 
 def _fragmentation(subject: Subject) -> None:
     """Whatever was freed can be had again in whole: pages do not fragment."""
-    size = _page_size(subject)
+    size = subject.page_size
     allocator = allocator_of(subject, AllocatorRequest(num_tokens=64 * size, page_size=size))
     taken = [allocator.alloc(size) for _ in range(64)]
     for slots in taken[::2]:
@@ -121,7 +117,7 @@ def _fragmentation(subject: Subject) -> None:
 
 def _prefix_sharing(subject: Subject) -> None:
     """The core's prefix cache over this allocator gives every page back exactly once."""
-    size = _page_size(subject)
+    size = subject.page_size
     allocator = allocator_of(subject, AllocatorRequest(num_tokens=32 * size, page_size=size))
     cache = PrefixCache(allocator, size)
     base = np.arange(4 * size, dtype=np.int32)
@@ -139,7 +135,7 @@ def _prefix_sharing(subject: Subject) -> None:
 
 
 def _pool(subject: Subject, calls: tuple[AttentionCallSpec, ...], dtype: str) -> KVPool:
-    size = _page_size(subject)
+    size = subject.page_size
     request = KVPoolRequest(
         runtime=subject.bound.runtime, calls=calls, page_size=size,
         num_tokens=_POOL_TOKENS // size * size or size, dtype=getattr(torch, dtype),

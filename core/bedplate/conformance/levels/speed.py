@@ -163,7 +163,7 @@ def _hook_calls(engine: Engine, steps: int) -> int:
 
 def _allocator(subject: Subject) -> dict[str, float]:
     """A decode step's slots, against the core's allocator."""
-    size, rows = subject.capabilities.memory.page_sizes[0], 64
+    size, rows = subject.page_size, 64
     request = AllocatorRequest(num_tokens=rows * size * 4, page_size=size)
     theirs = subject.bound.make_allocator(request) or make_allocator(request)
     ours = PagedAllocator(request.num_tokens, size)
@@ -203,7 +203,7 @@ def _operation(case: OpCase, provider: OpProvider, subject: Subject) -> dict[str
     """An implementation, against the plain meaning on the same device."""
     arguments = {
         name: value.to(subject.device) if isinstance(value, torch.Tensor) else value
-        for name, value in case.arguments().items()
+        for name, value in case.arguments(subject.page_size).items()
     }
 
     def timed(call: Callable[..., object]) -> Callable[[], None]:
