@@ -126,7 +126,7 @@ def on_simulated_device(site: Path) -> dict[str, str]:
 
 
 def environment(paths: list[Path], **variables: str) -> dict[str, str]:
-    """Variables of a process with a device of its own.
+    """Variables of a process with a device of its own, and no plugin of strangers.
 
     Args:
         paths: What goes before everything else on the path of imports.
@@ -138,6 +138,7 @@ def environment(paths: list[Path], **variables: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(map(str, places)),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "OMP_NUM_THREADS": "1",
+        "BEDPLATE_PLUGINS": "none",
     }
     for name in ("ASCEND_LAUNCH_BLOCKING", "TASK_QUEUE_ENABLE", "PYTEST_ADDOPTS"):
         ours.pop(name, None)
