@@ -68,6 +68,10 @@ class GraphsOnDevice:
         assert [decision.point for decision in decisions] == ["graph.4"]
         assert [key.batch_size for key in runner.captured] == [16, 1]
         compare(bench, runner, [2])
+        torch.empty(64 << 20, dtype=torch.uint8, device="cuda")  # free at once, and cached
+        cached = torch.cuda.memory_reserved()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() <= cached - (64 << 20)
 
     def test_results_of_all_graphs_share_their_memory(self, bench):
         """A bucket's results keep no memory that the next one could use."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bedplate.graph.runner import GraphRunner
+from bedplate_triton.recording import recording
 from bedplate_triton.results import borrow
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ class HipGraphRunner(GraphRunner):
         self, graph: torch.cuda.CUDAGraph, run: Callable[[], LogitsOutput]
     ) -> LogitsOutput:
         """Record on the side stream; other threads may go on using the device meanwhile."""
-        with torch.cuda.graph(
-            graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        with recording(graph, self.pool, self._stream):
             output = run()
         return borrow(output, "__cuda_array_interface__")
 
