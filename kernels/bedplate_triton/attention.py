@@ -28,6 +28,7 @@ from bedplate_triton.decode_attention import choose_splits, decode_attention
 from bedplate_triton.extend_attention import extend_attention
 from bedplate_triton.extend_attention import supports as extend_supports
 from bedplate_triton.kv_write import write_kv
+from bedplate_triton.sizes import column_blocks, power_of_two
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,12 +56,21 @@ def supports(request: AttentionRequest, narrow: Sequence[str]) -> Support:
             return Support.no(f"{call.module}: {answer.reason}")
         if not call.causal:
             return Support.no(f"{call.module} sees later tokens")
-        if call.value_in_key and request.kv_dtype in narrow:
+        if request.kv_dtype in narrow and (call.value_in_key or _is_ragged(call)):
             return Support.no(
-                f"{call.module} keeps values in its keys; prompts over such a cache of "
-                f"{request.kv_dtype} differed from plain torch on an H200"
+                f"{call.module} has values in its keys or heads of {call.head_dim} and "
+                f"{call.value_dim}; prompts over a cache of {request.kv_dtype} with both "
+                "differed from plain torch on an H200, and which of them it is nobody knows"
             )
     return Support.yes("reads the cache in place, in graphs too")
+
+
+def _is_ragged(call: AttentionCallSpec) -> bool:
+    """Whether tiles of keys or values have columns that no head has."""
+    return (
+        sum(column_blocks(call.head_dim)) != call.head_dim
+        or power_of_two(call.value_dim) != call.value_dim
+    )
 
 
 class PagedAttention(AttentionBackend):

@@ -249,7 +249,10 @@ def test_only_extensions_bind_a_graph_to_host_integers():
         ({}, "float16", "float32", "not float32"),
         ({}, "bfloat16", "float8_e4m3fn", None),
         ({}, "float32", "float8_e5m2", None),
-        ({"value_in_key": True}, "float16", "float8_e5m2", "attn keeps values in its keys"),
+        ({"value_in_key": True}, "float16", "float8_e5m2", "attn has values in its keys"),
+        ({"head_dim": 24}, "float16", "float8_e5m2", "heads of 24 and 32"),
+        ({"value_dim": 40}, "float16", "float8_e5m2", "heads of 32 and 40"),
+        ({"head_dim": 96, "value_dim": 64}, "float16", "float8_e5m2", None),
         ({}, "float64", "float64", "float64"),
     ],
 )
