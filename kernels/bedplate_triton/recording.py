@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recording a pass into a graph of torch, and what a recording that breaks off leaves behind.
+"""What a recording that breaks off leaves behind in torch.
 
 Called by the graph runners of backends.
 """
@@ -9,34 +9,30 @@ from __future__ import annotations
 __all__ = ["recording"]
 
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 
 @contextmanager
 def recording(
-    graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream
+    capture: AbstractContextManager[object], end: Callable[[], None]
 ) -> Iterator[None]:
-    """Record what is launched inside; other threads may go on using the device meanwhile.
+    """Record what is launched inside, and if that breaks off, tell torch's allocator.
 
-    Where it breaks off, torch's allocator is told that nothing is recorded any more.  It would
-    believe so for ever, and give no cached memory back as long as it does.
+    It would believe for ever that the capture goes on, and give no cached memory back as long
+    as it does.
 
     Args:
-        graph: Empty.
-        pool: Handle of the pool that its memory comes from.
-        stream: Where it is recorded.
+        capture: The context that records.
+        end: Tells the allocator; an error means that it knows already.
     """
     try:
-        with torch.cuda.graph(
-            graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-        ):
+        with capture:
             yield
     except BaseException:
-        with suppress(RuntimeError):  # it knows already
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        with suppress(RuntimeError):
+            end()
         raise

@@ -6,54 +6,49 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
-import torch
 
 from bedplate_triton.recording import recording
 
 
-@pytest.fixture
-def log(monkeypatch):
-    """What is asked of ``torch.cuda``; a capture that is told to break ends with an error."""
-    calls = []
+class Allocator:
+    """Hears that a capture is over; says so if it knew."""
 
-    @contextmanager
-    def record(graph, *, pool, stream, capture_error_mode):
-        calls.append((graph, pool, stream, capture_error_mode))
-        try:
-            yield
-        finally:
-            if graph == "breaks":
-                raise RuntimeError("the capture was invalidated")
+    def __init__(self, *, knows):
+        self.knows, self.told = knows, 0
 
-    def end(device, pool):
-        calls.append(("over", device, pool))
-        if graph_of(calls) == "whole":
+    def end(self):
+        self.told += 1
+        if self.knows:
             raise RuntimeError("not recording to this pool")
 
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
-    return calls
+
+@contextmanager
+def broken():
+    yield
+    raise RuntimeError("the capture was invalidated")
 
 
-def graph_of(calls):
-    return calls[0][0]
+@contextmanager
+def whole():
+    yield
 
 
-def test_a_whole_recording_needs_nothing(log):
-    with recording("whole", "pool", "side"):
+def test_a_whole_recording_needs_nothing():
+    allocator = Allocator(knows=True)
+    with recording(whole(), allocator.end):
         pass
-    assert log == [("whole", "pool", "side", "thread_local")]
+    assert not allocator.told
 
 
-def test_the_allocator_hears_of_one_that_breaks(log):
-    with pytest.raises(RuntimeError, match="invalidated"), recording("breaks", "pool", "side"):
+def test_the_allocator_hears_of_one_that_breaks():
+    allocator = Allocator(knows=False)
+    with pytest.raises(RuntimeError, match="invalidated"), recording(broken(), allocator.end):
         pass
-    assert log[1:] == [("over", 3, "pool")]
+    assert allocator.told == 1
 
 
-def test_a_pass_that_fails_is_told_as_it_failed(log):
-    """Its capture ended as it should, and the allocator says that it knows."""
-    with pytest.raises(ValueError, match="in the pass"), recording("whole", "pool", "side"):
+def test_a_pass_that_fails_is_told_as_it_failed():
+    allocator = Allocator(knows=True)
+    with pytest.raises(ValueError, match="in the pass"), recording(whole(), allocator.end):
         raise ValueError("in the pass")
-    assert log[1:] == [("over", 3, "pool")]
+    assert allocator.told == 1

@@ -37,7 +37,10 @@ class CudaGraphRunner(GraphRunner):
         self, graph: torch.cuda.CUDAGraph, run: Callable[[], LogitsOutput]
     ) -> LogitsOutput:
         """Record on the side stream; other threads may go on using the device meanwhile."""
-        with recording(graph, self.pool, self._stream):
+        capture = torch.cuda.graph(
+            graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with recording(capture, self._end_allocation):
             output = run()
         return borrow(output, "__cuda_array_interface__")
 
@@ -48,6 +51,11 @@ class CudaGraphRunner(GraphRunner):
     def pool_handle(self) -> Any:
         """The pool of every graph of the device."""
         return torch.cuda.graph_pool_handle()
+
+    def _end_allocation(self) -> None:
+        """Tell torch's allocator that nothing is recorded into the pool any more."""
+        pool: Any = self.pool
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
     @contextmanager
     def capture_stream(self) -> Iterator[None]:

@@ -110,6 +110,19 @@ def test_captures_on_the_side_stream_into_one_pool(bench, log):
     ]
 
 
+def test_the_allocator_hears_of_a_pass_that_fails(bench, log, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: told.append(given))
+
+    def fail():
+        raise ValueError("in the pass")
+
+    with pytest.raises(ValueError, match="in the pass"):
+        bench[0].capture_graph(FakeGraph(), fail)
+    assert told == [(3, "pool")]
+
+
 @pytest.mark.parametrize("lengths", [[3], [2, 5, 4], [1, 2, 3, 4]])
 def test_replay_equals_eager(bench, lengths):
     runner, attention, model = bench
