@@ -129,13 +129,13 @@ def fuse(
     except Exception as error:
         reason = f"the trial forward raised {type(error).__name__}: {error}"
         return FusionPlan(decisions=(_whole("off", reason, "failed"),), sites=())
-    decisions = [_whole(mode, "sites are verified one by one", "chosen")]
     sites: list[Site]
     if mode == "compile":
-        sites = [CompiledModel(module)]
+        how, sites = "the model is compared as a whole", [CompiledModel(module)]
     else:
-        sites = _find(calls, mode, trial)
+        how, sites = "sites are verified one by one", _find(calls, mode, trial)
         _rehearse(rehearsal(), sites, ops, lambda: [run(module) for run in runs])
+    decisions = [_whole(mode, how, "chosen")]
     check = partial(_check_model, module, runs, references)
     made, used, broken = _use(sites, ops, check, allow)
     if broken:  # by some kind, which kind by kind will show

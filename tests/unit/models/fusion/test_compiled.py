@@ -33,6 +33,7 @@ def test_shadows_the_whole_model_and_gives_it_back(traced, ops):
     want = logits(model)
     plan = fuse(model, ops(), mode="compile")
     assert plan.counts() == {"compiled": 1}
+    assert "as a whole" in plan.decisions[0].candidates[0].reason
     assert torch.equal(logits(model), want)
     assert torch._dynamo.utils.counters["frames"]["ok"]
     plan.revert()
