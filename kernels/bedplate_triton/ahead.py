@@ -2,10 +2,10 @@
 """Compile what a pass would launch, all of it at once and without running it.
 
 A compile takes about a second, and a first pass launches dozens of kernels one after the
-other.  In this context launches return at once; when it ends their kernels are compiled by
-copies of the process, one a core, and lie ready in the disk's cache.  (Threads would take
-turns: much of the compiler is Python.)  What kernels would have written stays as it was, so
-only passes whose results nobody wants belong here.
+other.  In this context launches return at once; their kernels are compiled by copies of the
+process, as many as there are cores, and lie ready in the disk's cache when it ends.  (Threads
+would take turns: much of the compiler is Python.)  What kernels would have written stays as it
+was, so only passes whose results nobody wants belong here.
 """
 
 from __future__ import annotations
@@ -69,23 +69,37 @@ def _sort(value: Any) -> Any:
 
 
 class _Compiles(Executor):
-    """Keeps what it is given until ``finish``."""
+    """Has jobs done by copies of the process: when there are enough of them, and at last."""
 
     def __init__(self) -> None:
         self._jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
+        self._begun = 0
+        self._copies: list[int] = []
+        self._cores = max(2, os.cpu_count() or 1)
 
     def submit(self, job: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
         """Take one compile."""
         future: Future[Any] = Future()
         self._jobs.append((future, job))
+        if len(self._jobs) - self._begun == self._cores:
+            self._begin(self._cores // 2)
         return future
 
     def finish(self) -> None:
-        """Compile in copies of the process; then take all from the disk's cache."""
-        _run_in_copies([job for _, job in self._jobs])
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        """Wait for the copies; then take all from the disk's cache."""
+        self._begin(self._cores)
+        deadline = time.monotonic() + _PATIENCE_S
+        for copy in self._copies:
+            _await_copy(copy, deadline)
+        with ThreadPoolExecutor(self._cores) as pool:
             for future, job in self._jobs:
                 pool.submit(_fulfil, future, job)
+
+    def _begin(self, most: int) -> None:
+        """Have the jobs that nobody does yet done by at most so many copies."""
+        jobs = [job for _, job in self._jobs[self._begun :]]
+        self._begun = len(self._jobs)
+        self._copies += _start_copies(jobs, min(most, len(jobs)))
 
 
 def _fulfil(future: Future[Any], job: Callable[[], Any]) -> None:
@@ -95,11 +109,10 @@ def _fulfil(future: Future[Any], job: Callable[[], Any]) -> None:
         future.set_exception(error)
 
 
-def _run_in_copies(jobs: Sequence[Callable[[], Any]]) -> None:
-    """Run jobs for what they leave on the disk; what fails there is left undone."""
-    count = min(os.cpu_count() or 1, len(jobs))
-    if count < 2 or not hasattr(os, "fork"):
-        return
+def _start_copies(jobs: Sequence[Callable[[], Any]], count: int) -> list[int]:
+    """Copies that run jobs for what they leave on the disk; what fails there is left undone."""
+    if not count or not hasattr(os, "fork"):
+        return []
     with warnings.catch_warnings():
         # Threads do not survive in a copy. None of them compiles, so no lock of the compiler
         # is held; and a copy asks nothing of the device.
@@ -107,9 +120,7 @@ def _run_in_copies(jobs: Sequence[Callable[[], Any]]) -> None:
         queue = _queue(len(jobs))
         copies = [_start_copy(jobs, queue) for _ in range(count)]
         os.close(queue)
-    deadline = time.monotonic() + _PATIENCE_S
-    for copy in copies:
-        _await_copy(copy, deadline)
+    return copies
 
 
 def _queue(count: int) -> int:

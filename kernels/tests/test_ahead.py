@@ -74,8 +74,44 @@ def test_copies_of_the_process_compile(tmp_path):
     assert said[0]["found"] == [True] * 4
 
 
-def test_a_stuck_copy_is_given_up(monkeypatch):
+@pytest.fixture
+def compiles(monkeypatch):
+    """On a machine of four cores, where to compile is to run the job."""
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(ahead, "_make_launcher", lambda _kernel: None)
+    return ahead._Compiles()
+
+
+def test_copies_begin_while_others_are_still_collected(compiles, tmp_path):
+    places = [tmp_path / str(number) for number in range(6)]
+    futures = [compiles.submit(place.touch) for place in places]
+    deadline = time.monotonic() + 20
+    while not all(place.exists() for place in places[:4]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not any(place.exists() for place in places[4:])
+    assert not any(future.done() for future in futures)
+    compiles.finish()
+    assert all(place.exists() for place in places)
+    assert all(future.done() for future in futures)
+
+
+def test_what_fails_in_a_copy_says_so_here(compiles):
+    def fail():
+        raise RuntimeError("no such instruction")
+
+    futures = [compiles.submit(job) for job in (fail, lambda: 7)]
+    compiles.finish()
+    assert futures[1].result() == 7
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        futures[0].result()
+
+
+def test_a_stuck_copy_is_given_up(compiles, monkeypatch):
     monkeypatch.setattr(ahead, "_PATIENCE_S", 0.2)
+    here = ahead.os.getpid()
     begin = time.monotonic()
-    ahead._run_in_copies([lambda: time.sleep(30)] * 2)
+    for _ in range(2):
+        compiles.submit(lambda: time.sleep(0 if ahead.os.getpid() == here else 30))
+    compiles.finish()
     assert time.monotonic() - begin < 5

@@ -40,9 +40,10 @@ def model_capture_mode() -> Iterator[None]:
 def freeze_gc(enable_gc: bool = False) -> Iterator[None]:
     """Keep the collector from walking every live object between captures.
 
-    One full collection comes first, so that nothing collectable is frozen, and one last, for
-    what the captures left.  A block inside another leaves thawing to the outer; what the
-    application had frozen before is frozen again afterwards.
+    One full collection comes first, so that nothing collectable is frozen, and one last, of
+    what is younger than the block, for what the captures left.  A block inside another leaves
+    thawing to the outer; what the application had frozen before stays frozen, and what the
+    block leaves is frozen with it.
 
     Args:
         enable_gc: Leave the collector alone in between.
@@ -58,15 +59,13 @@ def freeze_gc(enable_gc: bool = False) -> Iterator[None]:
         yield
     finally:
         _frozen.reset(token)
-        gc.unfreeze()
         gc.collect()
-        if was_frozen:
-            gc.freeze()
+        gc.freeze() if was_frozen else gc.unfreeze()
 
 
 @contextmanager
 def pause_gc() -> Iterator[None]:
-    """No collection in a block that is too short to be worth ``freeze_gc``'s two full ones."""
+    """No collection in a block, where ``freeze_gc``'s two full ones would take longer."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

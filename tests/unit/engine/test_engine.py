@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import replace
 
 import pytest
@@ -72,3 +73,17 @@ def test_a_tokenizer_that_is_missing_gives_the_backend_back(tmp_path, monkeypatc
     with pytest.raises(BedplateError, match="tokenizer"):
         Engine(backend="cpu", max_context_len=64, tokenizer=str(tmp_path))
     assert closed == [True]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_stays_frozen_behind_an_engine(tmp_path, fails):
+    """What the collector must not walk while serving is its business again afterwards."""
+    before = gc.get_freeze_count()
+    if fails:
+        with pytest.raises(BedplateError):
+            Engine(str(tmp_path / "nothing"), **CPU)
+    else:
+        with Engine(**CPU, max_context_len=64):
+            assert gc.get_freeze_count() > before
+    assert gc.get_freeze_count() == 0
+    assert gc.isenabled()
