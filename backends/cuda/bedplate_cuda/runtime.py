@@ -8,6 +8,8 @@ from __future__ import annotations
 
 __all__ = ["NARROW", "CudaRuntime", "capabilities"]
 
+import ctypes
+
 import torch
 
 from bedplate.contract import (
@@ -22,6 +24,11 @@ from bedplate_cuda import driver
 from bedplate_triton.runtime import TritonRuntime
 
 _OLDEST = (8, 0)
+_STACK_LIMIT = 0
+"""Number of that limit in the driver's interface."""
+_USUAL_STACK, _STACK = 1024, 256
+"""Bytes of stack that the driver keeps for every thread the device can hold, and that we ask
+for: a kernel whose needs the compiler knows gets them anyway, and ours are all such."""
 _DTYPES = ("bfloat16", "float16", "float32")
 NARROW = ("float8_e5m2", "float8_e4m3fn")
 """Torch dtypes of eight bits for the cache; the second from compute capability 8.9 on."""
@@ -50,6 +57,7 @@ class CudaRuntime(TritonRuntime):
         device = torch.device("cuda", request.device_index)
         self.capability = _take(device)
         super().__init__(device)
+        _spare_stacks()
 
 
 def capabilities(runtime: DeviceRuntime) -> BackendCapabilities:
@@ -106,3 +114,18 @@ def _take(device: torch.device) -> tuple[int, int]:
             code="HW012",
         )
     return capability
+
+
+def _spare_stacks() -> None:
+    """Ask the driver for smaller stacks, 0.2 GB less on a device of 132 multiprocessors.
+
+    Who asked for a size of their own keeps it; a driver that has no such limit keeps its way.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    size = ctypes.c_size_t()
+    failed = cuda.cuCtxGetLimit(ctypes.byref(size), _STACK_LIMIT)
+    if not failed and size.value == _USUAL_STACK:
+        cuda.cuCtxSetLimit(_STACK_LIMIT, ctypes.c_size_t(_STACK))

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from bedplate.reference.ops import PartialProduct
 
 
+_SLICE = 1 << 25
+"""Most numbers of the first product at a time: thousands of rows multiply no faster, each, than
+some hundreds, and only take memory."""
+
+
 class GluForm:
     """The block with its operations bound.
 
@@ -47,11 +52,29 @@ class GluForm:
         self._linear = providers["linear"].call
         self._norm_linear = providers["norm_linear"].call
         self._act_and_mul = providers["act_and_mul"].call
+        self._rows = 1 << max(1, _SLICE // len(merged.weight)).bit_length() - 1
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether so many rows ``[…, C]`` are taken at once."""
+        return x.numel() <= self._rows * x.shape[-1]
 
     def run(self, x: Tensor) -> Tensor:
-        """``[…, C]`` → ``[…, C]``."""
-        product = self._linear(x, self.merged.weight, self.merged.bias)
-        out: Tensor = self._down_of(self._act_and_mul(product, self._act), finish=True)
+        """``[…, C]`` → ``[…, C]``; in slices where it does not fit."""
+        if self.fits(x):
+            return self._run_all(x)
+        out = x.new_empty((*x.shape[:-1], self._down.out_features))
+        rows, places = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+        for begin in range(0, len(rows), self._rows):
+            some = slice(begin, begin + self._rows)
+            places[some] = self._run_all(rows[some])
+        return out
+
+    def _run_all(self, x: Tensor) -> Tensor:
+        # No names for what lies between: it would live on while the next is made.
+        out: Tensor = self._down_of(
+            self._act_and_mul(self._linear(x, self.merged.weight, self.merged.bias), self._act),
+            finish=True,
+        )
         return out
 
     def run_normed(
@@ -61,7 +84,7 @@ class GluForm:
         norm: NormedInput,
         finish: bool = True,
     ) -> tuple[Any, Tensor]:
-        """The block of the norm of ``x + residual``, and that sum.
+        """The block of the norm of ``x + residual``, which fits, and that sum.
 
         The block's result is perhaps a product in parts, unless ``finish``.
         """

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bedplate.models.bridge import AttentionBridge
     from bedplate.models.fusion.attention_block import AttentionSite
     from bedplate.models.fusion.calls import Call
-    from bedplate.models.fusion.glu import GluSite
+    from bedplate.models.fusion.glu import GluForm, GluSite
     from bedplate.models.fusion.norm import NormedInput, NormSite
     from bedplate.models.fusion.site import Providers
     from bedplate.reference.ops import PartialProduct
@@ -240,12 +240,14 @@ class LayerSite(Site):
         if form.between is None:
             h = h + a
             m = self._run_block(h)
-        elif self._block is not None and self._block.form is not None:
+        elif (glu := self._glu) is not None and glu.fits(h):
             finish = not last or form.factor != 1.0
-            m, h = self._block.form.run_normed(a, h, form.between, finish)
+            m, h = glu.run_normed(a, h, form.between, finish)
         else:
-            normed, h = _apply(self._add_norm, a, h, form.between)
-            m = self._run_block(normed)
+            a, h = _apply(
+                self._add_norm, a, h, form.between
+            )  # lets go of both before the block
+            m = self._run_block(a)
         return self._leave(self._scaled(m, form.after_block), h)
 
     def _parallel(self, *args: Any, **kwargs: Any) -> Any:
@@ -281,6 +283,11 @@ class LayerSite(Site):
         out = self.form.block(x)
         part: Tensor = out[0] if isinstance(out, tuple) else out
         return part
+
+    @property
+    def _glu(self) -> GluForm | None:
+        """The block where it is gated and fused."""
+        return None if self._block is None else self._block.form
 
     @property
     def _is_last(self) -> bool:

@@ -13,7 +13,7 @@ from bedplate.batch.forward_mode import CaptureHiddenMode
 from bedplate.contract import OpProvider
 from bedplate.errors import InternalError
 from bedplate.models.adapter import HFModel
-from bedplate.models.fusion import fuse
+from bedplate.models.fusion import fuse, glu
 from bedplate.models.fusion.site import difference
 from bedplate.models.fusion.trial import Trial
 from bedplate.models.probe import probe
@@ -234,6 +234,27 @@ def test_products_are_left_in_parts_where_a_norm_adds_them(name, a_layer):
     unfinished.clear()
     assert difference(bench.logits(), want) <= 1e-5
     assert len(unfinished) == a_layer * bench.model.spec.num_layers
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "granite"])
+def test_many_rows_go_through_a_block_in_slices(name, monkeypatch):
+    """Between its products a block is several times as wide as a layer."""
+
+    def act_and_mul(x, act):
+        rows.append(x.numel() // x.shape[-1])
+        return reference.act_and_mul(x, act)
+
+    rows = []
+    bench = Bench(name, act_and_mul=act_and_mul)
+    want = bench.logits(), bench.logits(1)
+    monkeypatch.setattr(glu, "_SLICE", 7 * bench.module.config.intermediate_size)
+    counts = bench.fuse().counts()
+    layers = bench.model.spec.num_layers
+    assert (counts["glu"], counts["layer"]) == (layers, layers)
+    rows.clear()
+    assert difference(bench.logits(), want[0]) <= 1e-5
+    assert rows == [2] * 4 * layers  # three fit; a power of two is taken
+    assert difference(bench.logits(1), want[1]) <= 1e-5
 
 
 def test_updates_reach_the_merged_matrices():
