@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 _log = logging.getLogger(__name__)
-_overrides: dict[str, dict[str, Any]] = {}
+_overrides: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = []
 _refusals: list[Decision] = []
 
 
@@ -65,23 +65,27 @@ class ConfigFile:
         """
         chosen: dict[str, Any] = {}
         for when, values in self.rules:
-            if all(_holds(condition, wanted, key) for condition, wanted in when.items()):
+            if _all_hold(when, key):
                 chosen = {**values, **chosen}
         return {**self.default, **chosen}
 
 
 @contextmanager
-def override(op: str, **values: Any) -> Iterator[None]:
-    """Let ``choose`` give these values for ``op`` in a block: for who measures them."""
-    before = _overrides.get(op)
-    _overrides[op] = values
+def override(
+    op: str, when: Mapping[str, Any] = MappingProxyType({}), **values: Any
+) -> Iterator[None]:
+    """Let ``choose`` give these values for ``op`` in a block: for who measures them.
+
+    Args:
+        op: Name of the operation.
+        when: Conditions, as in a rule of a file; of several blocks the innermost wins.
+        values: Instead of those of the files.
+    """
+    _overrides.append((op, when, values))
     try:
         yield
     finally:
-        if before is None:
-            del _overrides[op]
-        else:
-            _overrides[op] = before
+        _overrides.pop()
 
 
 def choose(op: str, features: Features, **key: Any) -> Mapping[str, Any]:
@@ -97,7 +101,10 @@ def choose(op: str, features: Features, **key: Any) -> Mapping[str, Any]:
         UnsupportedError: No folder has sizes that fit the device.
     """
     chosen = _chosen(op, features, **key)
-    return {**chosen, **_overrides[op]} if op in _overrides else chosen
+    for name, when, values in _overrides:
+        if name == op and _all_hold(when, key):
+            chosen = {**chosen, **values}
+    return chosen
 
 
 def refusals() -> tuple[Decision, ...]:
@@ -208,6 +215,10 @@ def _read(folder: str, op: str, text: str) -> ConfigFile:
     if head != (SCHEMA, op):
         raise ContractError(f"{where} is of schema and operation {head}, not {(SCHEMA, op)}")
     return file
+
+
+def _all_hold(when: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
+    return all(_holds(condition, wanted, key) for condition, wanted in when.items())
 
 
 def _holds(condition: str, wanted: Any, key: Mapping[str, Any]) -> bool:

@@ -96,7 +96,9 @@ def decode_attention(
     """Attend from the last token of each request; semantics of ``reference.attention``.
 
     Neither allocates nor synchronises, and reads no length on the host.  All tensors are on
-    one device; the last dimension of each has stride 1.
+    one device; the last dimension of each has stride 1.  Where launches are chained, what
+    ``req_to_token``, ``rows`` and ``seq_lens`` hold was complete before the kernel launched
+    before this one began; queries, keys and values may be that kernel's.
 
     Args:
         q: ``[B, H, D]``, other strides are free.
@@ -136,7 +138,6 @@ def decode_attention(
         "H": heads, "DV": value_dim, "WINDOW": window, "CHUNK": chunk, "BLOCK_N": block_n,
         "LEAST": max(1, choice["tokens_a_split"] // block_n),
         "COLUMNS": min(block_v, choice["merge_columns"]),
-        **features.chain.arguments(),
     }  # fmt: skip
     merge_rows = min(block_g, power_of_two(group), choice["merge_rows"])
     _split_kernel[(kv_heads * cdiv(group, block_g), batch, splits)](
@@ -148,8 +149,9 @@ def decode_attention(
         LATENT=_is_latent(k_pool, v_pool) and block_v == main,
         BLOCK_G=block_g, BLOCK_D=main, BLOCK_R=tail, BLOCK_V=block_v,
         ROWS=merge_rows, STEP=_step(choice, merge_rows, common["COLUMNS"]),
+        SETTLED=choice["settled"],
         num_warps=choice["num_warps"], num_stages=choice["num_stages"], **choice["options"],
-        **common,
+        **common, **features.chain.arguments(choice["release"]),
     )  # fmt: skip
     if splits > 1 and not last:
         step = _step(choice, 1, common["COLUMNS"])
@@ -157,6 +159,7 @@ def decode_attention(
             partial, lse, out, seq_lens, splits, out.stride(0), out.stride(1),
             STEP=min(step, max(8, power_of_two(splits))),
             num_warps=choice["merge_warps"], **common,
+            **features.chain.arguments(choice["merge_release"]),
         )  # fmt: skip
 
 
@@ -238,6 +241,23 @@ def _span(
 
 
 @triton.jit
+def _range(
+    lengths, rows, table, table_r,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
+    """Of this program's request the slots; of its split the first token and behind the last.
+
+    And how many splits of the request have tokens.
+    """
+    request = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + request)
+    slots = table + tl.load(rows + request).to(tl.int64) * table_r
+    first, share, used = _span(length, tl.num_programs(2), WINDOW, CHUNK, BLOCK_N, LEAST)
+    begin = first + tl.program_id(2) * share
+    return slots, begin, tl.minimum(begin + share, length), used
+
+
+@triton.jit
 def _merge(
     partial, lse, out, place, target, real, column, used,
     DV: tl.constexpr, STEP: tl.constexpr,
@@ -286,7 +306,7 @@ def _split_kernel(
     SPLIT: tl.constexpr, LATENT: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr, LEAST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, SETTLED: tl.constexpr,
     WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
     """Attend to the keys of one request, one key head's queries and one split.
@@ -303,11 +323,20 @@ def _split_kernel(
     request = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     splits = tl.num_programs(2)
-    WAIT()
+    # Lengths and tables are written at the beginning of a pass, kernels ago: where launches are
+    # chained they can be read while the one before still makes the queries and the newest key.
+    if not SETTLED:
+        WAIT()
+    slots, begin, end, used = _range(
+        lengths, rows, table, table_r, WINDOW, CHUNK, BLOCK_N, LEAST
+    )
+    ahead = load_slots(slots, begin, end, BLOCK_N)
+    if SETTLED:
+        WAIT()
+    if SPLIT:
+        if split >= used:
+            return
 
-    # Everything that hangs on nothing is asked for before the length is looked at.
-    length = tl.load(lengths + request)
-    slots = table + tl.load(rows + request).to(tl.int64) * table_r
     column = tl.arange(0, BLOCK_D)
     query = q + request * q_b + head[:, None] * q_h
     q_main = tl.load(
@@ -318,13 +347,6 @@ def _split_kernel(
         q_rest = tl.load(
             query + rest[None, :], mask=real[:, None] & (rest < D)[None, :], other=0.0
         )
-    first, share, used = _span(length, splits, WINDOW, CHUNK, BLOCK_N, LEAST)
-    if SPLIT:
-        if split >= used:
-            return
-    begin = first + split * share
-    end = tl.minimum(begin + share, length)
-
     key_head = keys + kv_head * K_H
     value_head = values + kv_head * V_H
     value_column = tl.arange(0, BLOCK_V)
@@ -337,7 +359,6 @@ def _split_kernel(
             peak = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2E
             totals += tl.where(tl.arange(0, BLOCK_N) == 0, 1.0, 0.0)[None, :]
     lane = tl.arange(0, BLOCK_N)
-    ahead = load_slots(slots, begin, end, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N):
         slot = ahead
         ahead = load_slots(slots, start + BLOCK_N, end, BLOCK_N)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from bedplate.errors import ContractError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -46,21 +48,44 @@ class Chain:
 
     Every kernel launched with ``arguments()`` calls ``WAIT()`` before it reads or writes
     anything that another kernel touches, in every program and before any early return;
-    constants such as weights may be read before.  ``RELEASE()`` lets the next one begin.
+    constants such as weights may be read before.  ``RELEASE()``, its first statement, lets the
+    next one begin.  One that begins early takes room on the cores from those still at work, so
+    when it may is measured, like other launch sizes.
 
     Attributes:
         wait: Device function that returns once the kernels before have finished.
         release: Device function that lets the next kernel begin.
+        wait_and_release: Device function that does both, one after the other.
         options: Launch options that turn the feature on.
     """
 
     wait: Any = nothing
     release: Any = nothing
+    wait_and_release: Any = nothing
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
-    def arguments(self) -> dict[str, Any]:
-        """Keywords of a launch: the constants ``WAIT`` and ``RELEASE``, and the options."""
-        return {"WAIT": self.wait, "RELEASE": self.release, **self.options}
+    def arguments(self, release: str = "begin") -> dict[str, Any]:
+        """Keywords of a launch: the constants ``WAIT`` and ``RELEASE``, and the options.
+
+        Args:
+            release: When the next kernel may begin: once every program of this one has begun
+                (``begin``), may read its input (``input``), or has ended (``end``).
+
+        Raises:
+            ContractError: There is no such moment.
+        """
+        moments = {
+            "begin": (self.wait, self.release),
+            "input": (self.wait_and_release, nothing),
+            "end": (self.wait, nothing),
+        }
+        if release not in moments:
+            raise ContractError(
+                f"a kernel cannot release the next one at '{release}'; "
+                f"known: {', '.join(moments)}"
+            )
+        wait, early = moments[release]
+        return {"WAIT": wait, "RELEASE": early, **self.options}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -37,9 +37,7 @@ _MANY_ROWS = 4096
 """More rows choose no other sizes."""
 
 
-def act_and_mul(
-    x: Tensor, act: str, *, features: Features, out: Tensor | None = None
-) -> Tensor:
+def act_and_mul(x: Tensor, act: str, *, features: Features) -> Tensor:
     """See ``bedplate.reference.ops.act_and_mul``; one launch, nothing waits.
 
     Args:
@@ -47,7 +45,6 @@ def act_and_mul(
             are adjacent and its leading dimensions are one run of equal steps; else copied.
         act: One of ``ACTIVATIONS``.
         features: The device.
-        out: Where the result goes, contiguous and like it; new storage when not given.
 
     Returns:
         ``[…, E]`` in the dtype of ``x``, contiguous.
@@ -63,8 +60,7 @@ def act_and_mul(
             f"act_and_mul got {x.shape[-1]} features; half of them are the gate, so pass 2·E"
         )
     size = x.shape[-1] // 2
-    if out is None:
-        out = torch.empty((*x.shape[:-1], size), dtype=x.dtype, device=x.device)
+    out = torch.empty((*x.shape[:-1], size), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     table = (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, 2 * size)

@@ -50,9 +50,6 @@ MAX_SKINNY_ROWS = 64
 
 _HELD_BYTES = 256
 """Of its input a thread keeps at most so much in registers: a quarter of them."""
-_SLICE = 1 << 26
-"""Most numbers of a product whose activation halves them: more only take memory, as thousands
-of rows multiply no faster, each, than half as many."""
 _ADD_COLUMNS = 256
 """Outputs a program of the kernel that adds the splits."""
 
@@ -160,20 +157,9 @@ def _is_many(x: Tensor) -> bool:
 def _by_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, features: Features
 ) -> Tensor:
-    """Torch's product; one with an activation in slices, of which only one is in memory."""
-    if act is None:
-        return functional.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    slice_rows = 1 << max(1, _SLICE // len(weight)).bit_length() - 1
-    # Storage for whole slices: passes of unlike lengths then ask for the same memory.
-    spare = -len(rows) % slice_rows if len(rows) > slice_rows else 0
-    out = x.new_empty((len(rows) + spare, len(weight) // 2))[: len(rows)]
-    for some, result in zip(
-        torch.split(rows, slice_rows), torch.split(out, slice_rows), strict=True
-    ):
-        # No name for the product: it would live on while the next is made.
-        act_and_mul(functional.linear(some, weight, bias), act, features=features, out=result)
-    return out.view(*x.shape[:-1], -1)
+    """Torch's product, and the activation of what it makes."""
+    product = functional.linear(x, weight, bias)
+    return product if act is None else act_and_mul(product, act, features=features)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> None:
@@ -312,7 +298,7 @@ def _gemv_rows(
         CHUNK=chunk, TILES=tiles, DEPTH=min(config["depth"], steps),
         HOLD=_is_held(x, config), ORDER=None if norm is None else norm.order, ACT=act,
         EVICT=config["evict"], num_warps=config["num_warps"], num_stages=1,
-        enable_fp_fusion=False, **features.chain.arguments(),
+        enable_fp_fusion=False, **features.chain.arguments(config["release"]),
     )  # fmt: skip
     return out
 
@@ -371,7 +357,7 @@ def _skinny_parts(
         SWAP=config["swap"], EARLY=config["early"], ACT=act, EVICT=config["evict"],
         num_warps=config["num_warps"],
         num_stages=max(1, min(config["num_stages"], stages - config["early"])),
-        **features.chain.arguments(),
+        **features.chain.arguments(config["release"]),
     )  # fmt: skip
     if parts is not None:
         return PartialProduct(parts=parts, bias=bias, dtype=x.dtype)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MAX_SIZE = 32768
 """Largest E: one program holds a whole row in registers."""
+_MANY_ROWS = 128
+"""More rows choose no other sizes."""
 
 
 def rms_norm(
@@ -123,14 +125,16 @@ def _launch(
     x, runs = (x, [(out.numel() // size, size)]) if splits else _runs(x)
     # Without a run its step is never taken; E has the alignment that other calls have.
     (outer, outer_step), (inner, inner_step) = [(1, size)] * (2 - len(runs)) + runs
-    config = configs.choose("norm", features, size=size)
+    class_of_rows = min(power_of_two(outer * inner), _MANY_ROWS)
+    config = configs.choose("norm", features, size=size, rows=class_of_rows)
     tile = config["rows"]
     _norm_rows[(cdiv(outer * inner, tile),)](
         x, x_bias, _contiguous(residual), _contiguous(weight), _contiguous(bias), out, total,
         eps, outer * inner, inner, outer_step, inner_step,
         order=order, size=size, inverse_size=1.0 / size, splits=splits, tile=tile,
         block=power_of_two(size),
-        num_warps=config["num_warps"], enable_fp_fusion=False, **features.chain.arguments(),
+        num_warps=config["num_warps"], enable_fp_fusion=False,
+        **features.chain.arguments(config["release"]),
     )  # fmt: skip
     return out, total
 

@@ -87,7 +87,9 @@ def qk_norm_rope_write(
     if tokens == 0 or not (changes or keys is not None):
         return
     class_of_tokens = min(power_of_two(tokens), _MANY_TOKENS)
-    config = configs.choose("rope", features, head_dim=size, flat=flat, tokens=class_of_tokens)
+    config = configs.choose(
+        "rope", features, head_dim=size, heads=q_heads, flat=flat, tokens=class_of_tokens
+    )
     tile = power_of_two(max(q_heads, kv_heads)) if flat else config["heads"]
     q_groups = cdiv(q_heads, tile) if changes else 0
     kv_groups = cdiv(kv_heads, tile)
@@ -106,7 +108,8 @@ def qk_norm_rope_write(
         STEPS=rope is not None and rope.stepwise and rope.cos.dtype == q.dtype,
         ORDER="" if norm is None else norm.order, FLAT=flat, CHANGES=changes, TILE=tile,
         Q_GROUPS=q_groups, KV_GROUPS=kv_groups, GROUPS=groups,
-        num_warps=config["num_warps"], enable_fp_fusion=False, **features.chain.arguments(),
+        num_warps=config["num_warps"], enable_fp_fusion=False,
+        **features.chain.arguments(config["release"]),
     )  # fmt: skip
 
 

@@ -97,6 +97,12 @@ def test_overrides_hold_inside_a_block(folders):
     folders(default={"a": 0, "b": 0})
     with override("op", a=5):
         with override("op", b=6):
-            assert choose("op", Features()) == {"a": 0, "b": 6}
+            assert choose("op", Features()) == {"a": 5, "b": 6}
         assert choose("op", Features()) == {"a": 5, "b": 0}
     assert choose("op", Features()) == {"a": 0, "b": 0}
+
+
+def test_an_override_of_some_uses_leaves_the_others_alone(folders):
+    folders(default={"a": 0})
+    with override("op", {"size_le": 8}, a=1), override("op", {"size": 4}, a=2):
+        assert [choose("op", Features(), size=size)["a"] for size in (4, 8, 9)] == [2, 1, 0]

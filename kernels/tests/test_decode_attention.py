@@ -62,6 +62,18 @@ def test_splits_and_merges(merge, splits, device, configured):
     check(make_case("", CALLS["plain"], **facts), device)
 
 
+@pytest.mark.parametrize("name", ["plain", "window", "chunk", "sinks and window", "latent"])
+def test_lengths_that_are_settled_before_the_queries(name, device, configured):
+    """Read at another place, the same is computed."""
+    case = make_case("", CALLS[name], lengths=(70, 0, 33), splits=3, dtype=torch.float32)
+    inputs = case.make(device, 3)
+    configured(**SMALL)
+    (want,) = case.run(inputs, FEATURES)
+    configured(settled=True)
+    (got,) = case.run(inputs, FEATURES)
+    assert torch.equal(got, want)
+
+
 def test_multi_head_latent_sizes(device, configured):
     """576 and 512: two products a tile of keys, values that are the keys, blocks of heads."""
     call = replace(
@@ -190,3 +202,25 @@ def test_one_binary_for_every_number_of_splits_and_batch_of_a_class():
     assert all(facts["stack"] == 0 for facts in compiled)
     products = ["mma.sync" in text for text in code[10:]]
     assert products == [True, False, False]  # of 256, its merge; float32 stays exact
+
+
+def test_a_chained_kernel_reads_lengths_and_slots_before_it_waits():
+    compiled = compile_launches(
+        "bedplate_triton.decode_attention",
+        "import torch\n"
+        "from bedplate_cuda.ops import with_chain\n"
+        "from bedplate_triton.features import Features\n"
+        "features = with_chain(Features(arch='sm_90', cores=132, shared_bytes=227 << 10))\n"
+        "of = lambda dtype: lambda *shape: torch.empty(shape, dtype=dtype, device='meta')\n"
+        "count, half, wide = of(torch.int32), of(torch.bfloat16), of(torch.float32)\n"
+        "pool, q = half(999, 8, 128), half(1, 32, 128)\n"
+        "with configs.override('decode_attention', settled=True):\n"
+        "    decode_attention(q, pool, half(999, 8, 128), count(8, 999), count(1), count(1),\n"
+        "                     half(1, 32, 128), wide(1, 32, 2, 128), wide(1, 32, 2),\n"
+        "                     scale=0.1, features=features)",
+    )
+    for kernel in compiled:
+        before, _, after = kernel["assembly"].partition("griddepcontrol.wait")
+        assert ("ld.global" in before) == (kernel["kernel"] == "_split_kernel")
+        assert "st.global" not in before
+        assert "ld.global" in after

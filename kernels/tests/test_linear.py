@@ -149,25 +149,6 @@ def test_many_rows_are_torch_s_own(given):
     assert torch.equal(got, reference.linear(x, given["weight"], given["bias"]))
 
 
-def test_many_rows_are_gated_in_slices(given, monkeypatch):
-    """Of the product, which is twice as wide as the result, only a slice is in memory."""
-    seen = []
-    product = torch.nn.functional.linear
-
-    def count(x, *others):
-        seen.append(len(x))
-        return product(x, *others)
-
-    x = given["x"].repeat(50, 1).reshape(5, 30, 170)
-    rows = given | {"x": x, "residual": x}
-    want, _ = norm_linear(rows, features=FEATURES)
-    monkeypatch.setattr(linear, "_SLICE", 64 * 14)
-    monkeypatch.setattr(linear.functional, "linear", count)
-    got, _ = norm_linear(rows, features=FEATURES)
-    assert seen == [64, 64, 22]
-    assert torch.equal(got, want)
-
-
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -43,7 +43,19 @@ def _release() -> None:
     extra.gdc_launch_dependents()
 
 
-_CHAIN = Chain(wait=_wait, release=_release, options=MappingProxyType({"launch_pdl": True}))
+@triton.jit
+def _wait_and_release() -> None:
+    """Both."""
+    extra.gdc_wait()
+    extra.gdc_launch_dependents()
+
+
+_CHAIN = Chain(
+    wait=_wait,
+    release=_release,
+    wait_and_release=_wait_and_release,
+    options=MappingProxyType({"launch_pdl": True}),
+)
 
 
 def device_features() -> Features:
