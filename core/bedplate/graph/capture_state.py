@@ -60,7 +60,10 @@ def freeze_gc(enable_gc: bool = False) -> Iterator[None]:
     finally:
         _frozen.reset(token)
         gc.collect()
-        gc.freeze() if was_frozen else gc.unfreeze()
+        if was_frozen:
+            gc.freeze()
+        else:
+            gc.unfreeze()
 
 
 @contextmanager

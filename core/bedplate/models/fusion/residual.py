@@ -244,9 +244,8 @@ class LayerSite(Site):
             finish = not last or form.factor != 1.0
             m, h = glu.run_normed(a, h, form.between, finish)
         else:
-            a, h = _apply(
-                self._add_norm, a, h, form.between
-            )  # lets go of both before the block
+            # The old ones are let go of before the block, which takes the most memory.
+            a, h = _apply(self._add_norm, a, h, form.between)
             m = self._run_block(a)
         return self._leave(self._scaled(m, form.after_block), h)
 
