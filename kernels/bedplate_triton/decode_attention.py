@@ -245,9 +245,10 @@ def _range(
     lengths, rows, table, table_r,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """Of this program's request the slots; of its split the first token and behind the last.
+    """What this program attends to: its request's slots, and tokens of its split.
 
-    And how many splits of the request have tokens.
+    Returns the slots, the first token, the one behind the last, and how many splits of the
+    request have any.
     """
     request = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + request)

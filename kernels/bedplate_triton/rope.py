@@ -88,7 +88,7 @@ def qk_norm_rope_write(
         return
     class_of_tokens = min(power_of_two(tokens), _MANY_TOKENS)
     config = configs.choose(
-        "rope", features, head_dim=size, heads=q_heads, flat=flat, tokens=class_of_tokens
+        "rope", features, head_dim=size, q_heads=q_heads, flat=flat, tokens=class_of_tokens
     )
     tile = power_of_two(max(q_heads, kv_heads)) if flat else config["heads"]
     q_groups = cdiv(q_heads, tile) if changes else 0
