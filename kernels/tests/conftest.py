@@ -16,6 +16,8 @@ import torch
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from bedplate_triton.features import Chain
+
 if not torch.accelerator.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
@@ -41,3 +43,19 @@ def pytest_pycollect_makemodule(module_path: Path, parent):
 def device() -> torch.device:
     """Where kernels run: the accelerator, or the host with the interpreter."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@pytest.fixture
+def counted() -> tuple[Chain, list[str]]:
+    """A chain, and what kernels launched with it have called so far, program by program."""
+    if torch.accelerator.is_available():
+        pytest.skip("missing capability: a device counts no calls, Triton's interpreter does")
+    from bedplate_triton.features import Chain
+
+    calls: list[str] = []
+    chain = Chain(
+        wait=lambda: calls.append("wait"),
+        release=lambda: calls.append("release"),
+        wait_and_release=lambda: calls.append("wait and release"),
+    )
+    return chain, calls

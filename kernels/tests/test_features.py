@@ -19,15 +19,9 @@ MOMENTS = {
 }
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="only the interpreter counts")
 @pytest.mark.parametrize("release", MOMENTS)
-def test_every_program_keeps_to_the_moment(release):
-    calls = []
-    chain = Chain(
-        wait=lambda: calls.append("wait"),
-        release=lambda: calls.append("release"),
-        wait_and_release=lambda: calls.append("wait and release"),
-    )
+def test_every_program_keeps_to_the_moment(release, counted):
+    chain, calls = counted
     x = torch.ones((2, 1000))
     with override("norm", release=release, rows=1):
         norm.rms_norm(x, x[0], 1e-6, "weight_fp32", features=Features(chain=chain))

@@ -11,7 +11,7 @@ from bedplate.errors import ContractError
 from bedplate.reference import ops as reference
 from bedplate.reference.ops import ACTIVATIONS
 from bedplate_triton import gated
-from bedplate_triton.features import Chain, Features
+from bedplate_triton.features import Features
 from bedplate_triton.gated import act_and_mul
 
 FEATURES = Features(cores=4)
@@ -68,10 +68,8 @@ def test_one_launch_reads_nothing_on_the_host(monkeypatch):
     assert grids == [(300,)]
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="only the interpreter counts")
-def test_every_program_releases_and_then_waits():
-    calls = []
-    chain = Chain(wait=lambda: calls.append("wait"), release=lambda: calls.append("release"))
+def test_every_program_releases_and_then_waits(counted):
+    chain, calls = counted
     act_and_mul(torch.ones((3, 16)), "silu", features=Features(chain=chain))
     assert calls == ["release", "wait"] * 3
 

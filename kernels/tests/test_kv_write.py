@@ -11,7 +11,7 @@ from kernels.tests.offline import compile_launches
 
 from bedplate.errors import ContractError
 from bedplate_triton import kv_write
-from bedplate_triton.features import Chain, Features
+from bedplate_triton.features import Features
 
 FEATURES = Features(cores=4)
 NUM_SLOTS = 20
@@ -166,10 +166,8 @@ def test_one_launch_reads_nothing_on_the_host(monkeypatch):
     assert grids == [(100, 1)]
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="only the interpreter counts")
-def test_every_program_releases_and_then_waits():
-    calls = []
-    chain = Chain(wait=lambda: calls.append("wait"), release=lambda: calls.append("release"))
+def test_every_program_releases_and_then_waits(counted):
+    chain, calls = counted
     k, keys = rows(3, 2, 16), pool(2, 16)
     write_kv(k, k, torch.arange(3), keys, keys.clone(), Features(chain=chain))
     assert calls == ["release", "wait"] * 3

@@ -16,7 +16,7 @@ from bedplate.reference.ops import NORM_ORDERS, RMS_NORM_ORDERS
 from bedplate.registry.decisions import DecisionLog
 from bedplate.registry.ops import Operations
 from bedplate_triton import norm
-from bedplate_triton.features import Chain, Features
+from bedplate_triton.features import Features
 from bedplate_triton.norm import MAX_SIZE, add_norm
 from bedplate_triton.ops import register
 
@@ -204,15 +204,6 @@ def test_one_launch_reads_nothing_on_the_host(monkeypatch):
     x = torch.empty((8, 4096), device="meta")
     add_norm(x, x, x[0], None, 1e-6, "weight_fp32", features=FEATURES)
     assert [call[-1] for call in seen] == [(8,)]
-
-
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="only the interpreter counts")
-def test_every_program_releases_and_then_waits(monkeypatch):
-    calls = []
-    chain = Chain(wait=lambda: calls.append("wait"), release=lambda: calls.append("release"))
-    x = torch.ones((3, 1000))
-    norm.rms_norm(x, x[0], 1e-6, "weight_fp32", features=Features(chain=chain))
-    assert calls == ["release", "wait"] * 3
 
 
 @pytest.fixture

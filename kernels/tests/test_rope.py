@@ -16,7 +16,7 @@ from bedplate.reference import rope as reference
 from bedplate.reference.ops import RMS_NORM_ORDERS
 from bedplate.reference.rope import ROPE_STYLES, HeadNorm, RopeTable
 from bedplate_triton import rope as kernel
-from bedplate_triton.features import Chain, Features
+from bedplate_triton.features import Features
 
 FEATURES = Features(cores=4)
 HEADS, KV_HEADS, SIZE, POSITIONS = 4, 2, 16, 40
@@ -191,11 +191,9 @@ def test_one_launch_reads_nothing_on_the_host(monkeypatch):
     assert grids == [(5 * 3,)]
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="only the interpreter counts")
 @pytest.mark.parametrize("rope", [table(SIZE // 2), None], ids=["turns", "writes"])
-def test_every_program_releases_and_then_waits(rope):
-    calls = []
-    chain = Chain(wait=lambda: calls.append("wait"), release=lambda: calls.append("release"))
+def test_every_program_releases_and_then_waits(rope, counted):
+    chain, calls = counted
     turn(make(2, rope=rope), Features(chain=chain))
     assert calls == ["release", "wait"] * 2 * (3 if rope else 2)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 from bedplate.errors import ConfigError, UnsupportedError
 from bedplate.models.fusion import fuse as fuse_any
 from bedplate.models.fusion.calls import trial_forward
+from bedplate.models.fusion.plan import _samples
 from bedplate.models.fusion.site import difference
 from bedplate.models.weights import (
     WeightIndex,
@@ -248,3 +250,16 @@ def index_update(index, tensors):
     from bedplate.models.weights import update_weights_from_tensor
 
     return update_weights_from_tensor(index, tensors)
+
+
+def test_of_sites_that_are_alike_the_first_and_the_last_are_rehearsed():
+    """A layer costs a rehearsal as much as a pass, and its kernels are those of the others."""
+    paths = [f"layers.{n}.{part}" for n in range(4) for part in ("norm", "mlp")] + ["norm"]
+    sites = [SimpleNamespace(pattern=path[-4:], path=path) for path in paths]
+    sites.append(SimpleNamespace(pattern="layer", path="layers.2.mlp"))
+    chosen = [(site.pattern, site.path) for site in _samples(sites)]
+    assert chosen == [
+        ("norm", "layers.0.norm"), (".mlp", "layers.0.mlp"),
+        ("norm", "layers.3.norm"), (".mlp", "layers.3.mlp"),
+        ("norm", "norm"), ("layer", "layers.2.mlp"),
+    ]  # fmt: skip
