@@ -21,7 +21,7 @@ class MadeUpStep:
     def record(self, changes):
         return changes
 
-    def times_ms(self, recorded):
+    def times_us(self, recorded):
         return [self.time_of(changes) for changes in recorded]
 
 
@@ -43,7 +43,7 @@ def time_of(changes):
 
 def test_changes_add_up_to_the_best():
     found = tune_step.descend(MadeUpStep(time_of), 60)
-    assert (found["before_ms"], found["after_ms"]) == (10, 4)
+    assert (found["before_us"], found["after_us"]) == (10, 4)
     assert found["changes"] == [
         {"op": "norm", "key": {"size": 8}, "set": {"a": 3}},
         {"op": "rope", "key": {"heads": 2}, "set": {"a": 2, "b": 1}},
@@ -63,7 +63,7 @@ def test_what_cannot_be_recorded_is_passed_over():
 
     step = MadeUpStep(time_of)
     step.record = refuse
-    assert tune_step.descend(step, 60)["after_ms"] == 5
+    assert tune_step.descend(step, 60)["after_us"] == 5
 
 
 def test_nothing_is_tried_without_time():

@@ -208,18 +208,23 @@ class GraphRunner(ABC):
             self._resident[num_requests] = batch
         return batch
 
-    def capture_one_batch_size(self, key: ShapeKey) -> None:
+    def capture_one_batch_size(self, key: ShapeKey) -> Captured:
         """Capture one graph on a dummy batch: row 0, slot 0, the attention's fill length.
+
+        Returns:
+            The graph, which serves its bucket from now on.
 
         Raises:
             CaptureError: Whatever failed; nothing is kept of the attempt.
         """
         try:
-            self._graphs[key] = self.record(key, lambda: self._dummy(key), self._recorded_part)
+            captured = self.record(key, lambda: self._dummy(key), self._recorded_part)
         finally:
             self.generation += 1
+        self._graphs[key] = captured
         self._failed.discard(key)
         self._routes.clear()
+        return captured
 
     def record(
         self,
