@@ -78,7 +78,7 @@ class Engine(EngineClient):
     def _open(
         self, config: EngineConfig, progress: Callable[[str, int, int], None] | None
     ) -> None:
-        gc.collect()
+        gc.collect()  # before there is much to walk
         with pause_gc():  # a fifth of the time it takes to import so much
             # Loads the model stack, which ``import bedplate.engine`` should not.
             from bedplate.runner.startup import start

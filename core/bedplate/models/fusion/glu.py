@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _SLICE = 1 << 25
 """Most numbers of the first product at a time: thousands of rows multiply no faster, each, than
-some hundreds, and only take memory."""
+a thousand, and only take memory."""
 
 
 class GluForm:
