@@ -65,7 +65,7 @@ def linear_space(key: Candidate) -> list[Candidate]:
             {"form": "skinny", **each}
             for each in product(
                 block_n=[32, 64], block_k=[128, 256], splits=[1, 2, 4],
-                swap=[False, True], early=[True], num_stages=[4, 6], num_warps=[4],
+                swap=[False, True], early=[1], num_stages=[4, 6], num_warps=[4],
             )
             if (key["n"] // each["block_n"] * each["splits"] <= 800 or each["splits"] == 1)
             and each["num_stages"] * each["block_n"] * each["block_k"] <= 6 * 64 * 128

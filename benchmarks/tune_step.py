@@ -75,6 +75,7 @@ def linear_changes(key: Change) -> list[list[Change]]:
             for split in splits
         ],
         [{"num_stages": stages} for stages in (4, 6, 8)],
+        [{"early": tiles} for tiles in (0, 1, 2, 3, 4)],
         _RELEASES,
     ]
 

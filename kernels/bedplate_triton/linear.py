@@ -3,7 +3,7 @@
 """Linear layers of few rows, with the norm before and the gated activation after them.
 
 With few rows a linear layer is nothing but reading its weights, so everything here serves
-that: loads of many tiles in flight, the first before the kernel may read its input, and what
+that: loads of many tiles in flight, some before the kernel may read its input, and what
 stands around the layer done by programs that wait for weights anyway.
 
 ``gemv`` takes up to ``MAX_GEMV_ROWS`` rows: a program sums some rows of the weights in float32
@@ -580,7 +580,7 @@ def _skinny(
     """``BLOCK_N`` rows of the weights with all rows of the input, over one split of E.
 
     ``SWAP`` makes the weights the first operand, of which matrix units want many rows;
-    ``EARLY`` reads the first tile before the kernel may read its input.
+    ``EARLY`` tiles of them are read before the kernel may read its input.
     """
     RELEASE()
     outputs: tl.constexpr = BLOCK_N if ACT is None else BLOCK_N // 2
@@ -599,25 +599,18 @@ def _skinny(
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if EARLY:
-        if whole:
-            tile = tl.load(ours, eviction_policy=EVICT)
-        else:
-            tile = tl.load(ours, mask=(column < E)[None, :], other=0.0, eviction_policy=EVICT)
+    tiles = _nothing_yet()
+    for part in tl.static_range(min(EARLY, share)):
+        tiles = tiles + (_weights(ours, column, part * BLOCK_K, E, whole, EVICT),)
     WAIT()
-    begin: tl.constexpr = 1 if EARLY else 0
-    if EARLY:
-        values = tl.load(theirs, mask=real & (column < E)[None, :], other=0.0)
-        acc = _product(values, tile, acc, SWAP)
-    for part in tl.range(begin, share):
-        step = part * BLOCK_K
-        if whole:
-            tile = tl.load(ours + step, eviction_policy=EVICT)
-            values = tl.load(theirs + step, mask=real, other=0.0)
-        else:
-            inside = (column + step < E)[None, :]
-            tile = tl.load(ours + step, mask=inside, other=0.0, eviction_policy=EVICT)
-            values = tl.load(theirs + step, mask=real & inside, other=0.0)
+    early = _nothing_yet()
+    for part in tl.static_range(min(EARLY, share)):
+        early = early + (_rows(theirs, real, column, part * BLOCK_K, E, whole),)
+    for part in tl.static_range(min(EARLY, share)):
+        acc = _product(early[part], tiles[part], acc, SWAP)
+    for part in tl.range(min(EARLY, share), share):
+        tile = _weights(ours, column, part * BLOCK_K, E, whole, EVICT)
+        values = _rows(theirs, real, column, part * BLOCK_K, E, whole)
         acc = _product(values, tile, acc, SWAP)
     if SWAP:
         acc = tl.trans(acc)
@@ -633,6 +626,24 @@ def _skinny(
             result,
             mask=real & (place < total_outputs),
         )
+
+
+@triton.jit
+def _weights(ours, column, step, E: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr):
+    """A tile ``[N, K]`` of weights; zeros behind the features, if any tile reaches there."""
+    if WHOLE:
+        return tl.load(ours + step, eviction_policy=EVICT)
+    inside = (column + step < E)[None, :]
+    return tl.load(ours + step, mask=inside, other=0.0, eviction_policy=EVICT)
+
+
+@triton.jit
+def _rows(theirs, real, column, step, E: tl.constexpr, WHOLE: tl.constexpr):
+    """The same of the input, ``[M, K]``; zeros where there is no row."""
+    mask = real
+    if not WHOLE:
+        mask &= (column + step < E)[None, :]
+    return tl.load(theirs + step, mask=mask, other=0.0)
 
 
 @triton.jit

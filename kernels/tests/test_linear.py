@@ -29,10 +29,13 @@ SIZES = {
     "norm apart": GEMV | {"fuse": False},
     "skinny": SKINNY,
     "weights first": SKINNY | {"swap": True},
-    "one tile early": SKINNY | {"early": True},
-    "one tile early, weights first": SKINNY | {"early": True, "swap": True},
+    "one tile early": SKINNY | {"early": 1},
+    "one tile early, weights first": SKINNY | {"early": 1, "swap": True},
     "splits": SKINNY | {"splits": 3},
-    "splits, early": SKINNY | {"splits": 2, "early": True, "swap": True},
+    "two tiles early": SKINNY | {"early": 2},
+    "all tiles early": SKINNY | {"early": 9, "swap": True},
+    "splits, all early": SKINNY | {"splits": 3, "early": 9},
+    "splits, early": SKINNY | {"splits": 2, "early": 1, "swap": True},
     "more splits than tiles": SKINNY | {"splits": 50},
     "torch": {"form": "torch"},
 }
@@ -218,3 +221,26 @@ def test_weights_stream_before_the_input_may_be_read():
         assert after
         assert kernel["stack"] == 0
         assert "fma.rn.f32" in after
+
+
+def test_as_many_tiles_are_read_early_as_asked():
+    compiled = compile_launches(
+        "bedplate_triton.linear",
+        "from bedplate_triton import configs\n"
+        "from bedplate_triton.features import Chain, Features\n"
+        "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
+        "chain = Chain(wait=gdc_wait, release=gdc_launch_dependents,\n"
+        "              options={'launch_pdl': True})\n"
+        "features = Features(arch='sm_90', cores=132, shared_bytes=227 << 10, chain=chain)\n"
+        "draw = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device='meta')\n"
+        "for early in (0, 1, 3):\n"
+        "    with configs.override('linear', early=early):\n"
+        "        linear(draw(8, 1024), draw(4096, 1024), features=features)",
+    )
+    assert [kernel["kernel"] for kernel in compiled] == ["_skinny"] * 3
+    none, one, three = (
+        kernel["assembly"].partition("griddepcontrol.wait")[0].count("ld.global")
+        for kernel in compiled
+    )
+    assert none == 0
+    assert three == 3 * one > 0

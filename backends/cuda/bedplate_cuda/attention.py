@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bedplate.contract import (
     AttentionBuild,
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 _LONG_PROMPT = 2048
 """Whole prompts from so many tokens on go to cuDNN's attention, which is 1.7 times as fast at
 4,096 and not faster at 1,024 (docs/reference/measurements.md)."""
-_PLANNED_TOKENS = 1024
+_PLANNED_TOKENS = 256
 """cuDNN makes a plan for every length, which takes as long as a prompt; so lengths are padded
 to multiples of this."""
 
@@ -139,14 +138,24 @@ def _try_planned(
 def _attend_fresh(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """One whole prompt, ``[T, H, D]``, by cuDNN; padding comes last, where nobody sees it."""
     count = len(q)
-    padding = -count % _PLANNED_TOKENS
-    if padding:
-        q, k, v = (functional.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
+    q, k, v = map(_padded, (q, k, v))
     out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)),
         None, False, 0.0, True, False, scale=scale,
     )[0]  # fmt: skip
     return out[0].transpose(0, 1)[:count]
+
+
+def _padded(heads: Tensor) -> Tensor:
+    """The rows with zeros behind them, up to a length that has a plan."""
+    count = len(heads)
+    padding = -count % _PLANNED_TOKENS
+    if not padding:
+        return heads
+    out = heads.new_empty((count + padding, *heads.shape[1:]))
+    out[:count] = heads
+    out[count:] = 0  # nobody's key, but what is no number would spread
+    return out
 
 
 def _slices(counts: list[int]) -> list[slice]:

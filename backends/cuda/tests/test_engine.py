@@ -132,6 +132,21 @@ def test_a_step_neither_waits_nor_allocates_and_sends_only_changes(folder):
         engine.core.abort_all()
 
 
+def test_passes_with_new_requests_do_not_wait_for_those_before(folder):
+    with engine_of(folder) as engine:
+        answers(engine, prompts((40,) * 8), logprobs=None)
+        params = SamplingParams(max_tokens=NEW, ignore_eos=True, temperature=0.5)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for prompt in prompts((40,) * 8):
+                engine.core.add_request(prompt, params)
+            for _ in range(8):
+                engine.core.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        engine.core.abort_all()
+
+
 def test_a_failing_pass_harms_only_who_is_in_it(folder, monkeypatch):
     with engine_of(folder) as engine:
         want = answers(engine, prompts(), logprobs=None)

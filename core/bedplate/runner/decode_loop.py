@@ -26,6 +26,7 @@ from bedplate.batch.forward_mode import ForwardMode
 from bedplate.contract.ops import OpRequest
 from bedplate.reference.decode_step import CHANGE_WIDTH, HEADER_WIDTH, DecodeRows
 from bedplate.reference.sampling import SamplingTables
+from bedplate.runner.host_buffers import HostBuffers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,15 +37,15 @@ if TYPE_CHECKING:
     from bedplate.batch.logits import LogitsOutput
     from bedplate.batch.schedule_batch import ScheduleBatch
     from bedplate.contract.ops import OpRegistry
-    from bedplate.contract.runtime import DeviceRuntime, Event
+    from bedplate.contract.runtime import DeviceRuntime
     from bedplate.graph.runner import GraphRunner
     from bedplate.runner.sampling_params import SamplingParams
 
     Forward = Callable[[ForwardBatch], LogitsOutput]
     Int32Array = npt.NDArray[np.int32]
 
-_BUFFERS = 2
-"""A step may be prepared while the copy of the one before it is still under way."""
+_SETTING_BYTES = 8
+"""Room for one value, whatever its dtype."""
 
 
 class DecodeLoop:
@@ -87,9 +88,10 @@ class DecodeLoop:
         self._new_settings: dict[int, tuple[float, int, float, float, int]] = {}
         size = HEADER_WIDTH + CHANGE_WIDTH * max_batch_size
         self._changes = torch.zeros(size, dtype=torch.int32, device=device)
-        self._host = [runtime.empty_host(size * 4).view(torch.int32) for _ in range(_BUFFERS)]
-        self._copied: list[Event | None] = [None] * _BUFFERS
-        self._turn = 0
+        self._host = HostBuffers(runtime, size * 4)
+        self._host_settings = HostBuffers(
+            runtime, _SETTING_BYTES * (1 + len(fields(SamplingTables)))
+        )
         self._header = (0, 0, 0)
         self._mirror = np.zeros((3, max_batch_size), np.int32)
         self._count = 0
@@ -128,13 +130,22 @@ class DecodeLoop:
         """Bring the settings of new requests to the device."""
         if not self._new_settings:
             return
-        device = self._runtime.device
-        index = torch.tensor(list(self._new_settings), device=device)
-        columns = zip(*self._new_settings.values(), strict=True)
-        for field, values in zip(fields(SamplingTables), columns, strict=True):
-            table = getattr(self.tables, field.name)
-            table.index_copy_(0, index, torch.tensor(values, dtype=table.dtype, device=device))
-            self.sent_bytes += len(values) * table.itemsize
+        tables = [getattr(self.tables, field.name) for field in fields(SamplingTables)]
+        columns = (tuple(self._new_settings), *zip(*self._new_settings.values(), strict=True))
+        dtypes = (torch.int64, *(table.dtype for table in tables))
+        count = len(self._new_settings)
+        host = self._host_settings.take(len(columns) * count * _SETTING_BYTES)
+        host = host.view(len(columns), -1)
+        for row, values, dtype in zip(host, columns, dtypes, strict=True):
+            row.view(dtype)[:count] = torch.tensor(values, dtype=dtype)
+        sent = host.to(self._runtime.device, non_blocking=True)
+        self._host_settings.sent()
+        rows, *settings = (
+            row.view(dtype)[:count] for row, dtype in zip(sent, dtypes, strict=True)
+        )
+        for table, values in zip(tables, settings, strict=True):
+            table.index_copy_(0, rows, values)
+        self.sent_bytes += host.nbytes
         self._new_settings.clear()
 
     def load(self, batch: ScheduleBatch, runner: GraphRunner) -> ForwardBatch:
@@ -196,18 +207,15 @@ class DecodeLoop:
         return changed
 
     def _send(self, header: tuple[int, int, int], changed: npt.NDArray[np.int64]) -> None:
-        self._turn = (self._turn + 1) % _BUFFERS
-        pending = self._copied[self._turn]
-        if pending is not None:
-            pending.synchronize()
         size = HEADER_WIDTH + CHANGE_WIDTH * len(changed)
-        packed = self._host[self._turn].numpy()[:size]
+        host = self._host.take(size * 4).view(torch.int32)
+        packed = host.numpy()
         packed[:3] = header
         table = packed[HEADER_WIDTH:].reshape(-1, CHANGE_WIDTH)
         table[:, 0] = changed
         table[:, 1:] = self._mirror[:, changed].T
-        self._changes[:size].copy_(self._host[self._turn][:size], non_blocking=True)
-        self._copied[self._turn] = self._runtime.record_event()
+        self._changes[:size].copy_(host, non_blocking=True)
+        self._host.sent()
         self._header = header
         self.sent_bytes += size * 4
 

@@ -23,17 +23,15 @@ from torch import Tensor
 
 from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
 from bedplate.errors import InternalError
+from bedplate.runner.host_buffers import HostBuffers
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bedplate.batch.schedule_batch import ScheduleBatch
-    from bedplate.contract.runtime import DeviceRuntime, Event
+    from bedplate.contract.runtime import DeviceRuntime
 
     Int64Array = npt.NDArray[np.int64]
-
-_BUFFERS = 2
-"""A step may be packed while the copy of the one before it is still under way."""
 
 
 class Staging:
@@ -60,11 +58,9 @@ class Staging:
         self._table = req_to_token
         self._index_dtype = index_dtype
         self._unified = unified
-        self._capacity = capacity_bytes
-        self._host: list[Tensor] = []
-        self._device: list[Tensor] = []
-        self._copied: list[Event | None] = [None] * _BUFFERS
-        self._turn = 0
+        if not unified:
+            self._host = HostBuffers(runtime, capacity_bytes)
+            self._device = self._on_device(capacity_bytes)
 
     def stage(self, batch: ScheduleBatch, rows: Int64Array | None) -> ForwardBatch:
         """The device's batch; valid until the next but one call.
@@ -130,35 +126,32 @@ class Staging:
             size += -size % array.itemsize
             offsets[name] = size
             size += array.nbytes
-        host, device = self._buffers(size)
+        host, device = self._take(size)
         packed = host.numpy()
         for name, array in arrays.items():
             packed[offsets[name] : offsets[name] + array.nbytes] = array.view(np.uint8).reshape(
                 -1
             )
-        device[:size].copy_(host[:size], non_blocking=True)
-        self._copied[self._turn] = self._runtime.record_event()
+        device.copy_(host, non_blocking=True)
+        self._host.sent()
         return {
             name: device[offsets[name] : offsets[name] + array.nbytes].view(_torch_dtype(array))
             for name, array in arrays.items()
         }
 
-    def _buffers(self, size: int) -> tuple[Tensor, Tensor]:
-        """The next pair of buffers, once its previous copy has been made."""
-        if size > self._capacity or not self._host:
-            self._runtime.synchronize()
-            self._capacity = max(self._capacity, 2 * size)
-            self._host = [self._runtime.empty_host(self._capacity) for _ in range(_BUFFERS)]
-            self._device = [
-                torch.empty(self._capacity, dtype=torch.uint8, device=self._runtime.device)
-                for _ in range(_BUFFERS)
-            ]
-            self._copied = [None] * _BUFFERS
-        self._turn = (self._turn + 1) % _BUFFERS
-        pending = self._copied[self._turn]
-        if pending is not None:
-            pending.synchronize()
-        return self._host[self._turn], self._device[self._turn]
+    def _take(self, size: int) -> tuple[Tensor, Tensor]:
+        """The next buffer of the host and of the device."""
+        if size > len(self._device[0]):
+            self._runtime.synchronize()  # what reads the old ones may still be queued
+            self._device = self._on_device(2 * size)
+        host = self._host.take(size)
+        return host, self._device[self._host.turn][:size]
+
+    def _on_device(self, num_bytes: int) -> list[Tensor]:
+        return [
+            torch.empty(num_bytes, dtype=torch.uint8, device=self._runtime.device)
+            for _ in range(self._host.count)
+        ]
 
     def _cut(self, batch: ScheduleBatch, tensors: dict[str, Tensor]) -> ForwardBatch:
         return ForwardBatch(
