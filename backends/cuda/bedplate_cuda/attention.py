@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = ["TritonAttention", "provider"]
 
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,7 @@ from bedplate_cuda.runtime import NARROW
 from bedplate_triton.attention import PagedAttention, supports
 
 if TYPE_CHECKING:
-    from bedplate.batch.forward_batch import ForwardBatch
+    from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
     from bedplate_triton.features import Features
 
 _LONG_PROMPT = 2048
@@ -59,14 +60,22 @@ class TritonAttention(PagedAttention):
             for call in build.calls
             if stored_whole and _planned_serves(call, build.dtype, device)
         }
+        # Else rows of padding would hold anything behind a call that leaves them out.
+        self._may_pad = len(self._planned) == len(build.calls)
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Host integers of a pass with several new tokens; decode needs none."""
         super().prepare(batch)
         if batch.extend is not None:
             counts = batch.extend.seq_lens_cpu.tolist()
-            fresh = not batch.extend.prefix_lens_cpu.any() and min(counts) >= _LONG_PROMPT
-            self._prompts = _slices(counts) if fresh else []
+            fresh = _are_fresh(batch.extend)
+            self._prompts = _slices(counts, batch.num_tokens) if fresh else []
+
+    def padded_tokens(self, batch: ForwardBatch) -> int:
+        """So many that the last prompt has a length that cuDNN has a plan for."""
+        if not self._may_pad or batch.extend is None or not _are_fresh(batch.extend):
+            return batch.num_tokens
+        return batch.num_tokens + -int(batch.extend.seq_lens_cpu[-1]) % _PLANNED_TOKENS
 
     def forward_extend(
         self,
@@ -158,10 +167,16 @@ def _padded(heads: Tensor) -> Tensor:
     return out
 
 
-def _slices(counts: list[int]) -> list[slice]:
-    """Rows of each request in the packed tokens."""
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+def _are_fresh(extend: ExtendPart) -> bool:
+    """Whether a pass has nothing but whole prompts, all of them long."""
+    shortest = int(extend.seq_lens_cpu.min())
+    return shortest >= _LONG_PROMPT and not extend.prefix_lens_cpu.any()
+
+
+def _slices(counts: list[int], rows: int) -> list[slice]:
+    """Rows of each request in the packed tokens; what pads the pass is the last one's."""
+    ends = [*accumulate(counts[:-1]), rows]
+    return [slice(begin, end) for begin, end in pairwise([0, *ends])]
 
 
 provider = AttentionProvider(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
+from bedplate.batch.forward_batch import ExtendPart, ForwardBatch, pad_tokens
 from bedplate.batch.forward_mode import ForwardMode
 from bedplate.contract import AttentionBuild, AttentionCallSpec, AttentionRequest, KVPoolRequest
 from bedplate.memory.kv_pool import LayeredKVPool
@@ -189,6 +189,37 @@ def test_short_or_continued_prompts_are_not_for_it(lengths, planned):
     fresh = [lengths[0], lengths[1] - (lengths[0] > 200)]
     check(PLAIN, lengths, fresh, torch.float16)
     assert planned == [module._PLANNED_TOKENS]
+
+
+def extend(built, batch, q, k, v):
+    attention = triton(built)
+    batch = pad_tokens(batch, attention.padded_tokens(batch))
+    missing = batch.num_tokens - len(q)
+    q, k, v = (torch.cat([x, x[:1].expand(missing, -1, -1)]) for x in (q, k, v))
+    attention.prepare(batch)
+    return attention.forward(q, k, v, built.calls[0], batch)
+
+
+@pytest.mark.parametrize("lengths", [[300], [257, 300]])
+def test_a_pass_is_padded_so_that_its_last_prompt_has_a_plan(lengths, planned):
+    q, k, v, _ = inputs(PLAIN, sum(lengths), torch.float16)
+    built = build((PLAIN,), torch.float16, lengths)
+    got = extend(built, batch_of(built, lengths, lengths), q, k, v)
+    assert len(got) == sum(lengths) + 512 - 300
+    assert planned == [module._PLANNED_TOKENS, *lengths[:-1], 512]
+    want = run(ReferenceAttention, PLAIN, lengths, lengths, torch.float16)
+    torch.testing.assert_close(got[: sum(lengths)], want, atol=1e-2, rtol=1e-2)
+
+
+def test_a_pass_is_left_as_it_is_where_a_call_would_leave_padding_out(planned):
+    calls = (PLAIN, replace(PLAIN, call_id=1, module="window", window=5))
+    built = build(calls, torch.float16, [300])
+    batch = batch_of(built, [300], [300])
+    assert triton(built).padded_tokens(batch) == batch.num_tokens
+    built = build((PLAIN,), torch.float16, [300])
+    for fresh in ([299], [1]):
+        batch = batch_of(built, [300], fresh)
+        assert triton(built).padded_tokens(batch) == batch.num_tokens
 
 
 @pytest.mark.accelerator

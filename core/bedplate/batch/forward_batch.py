@@ -9,10 +9,12 @@ Shapes: B requests, T new tokens (T = B in decode), R rows of logits.
 
 from __future__ import annotations
 
-__all__ = ["ExtendPart", "ForwardBatch"]
+__all__ = ["ExtendPart", "ForwardBatch", "pad_tokens"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from torch.nn import functional
 
 from bedplate.batch.forward_mode import CaptureHiddenMode, ForwardMode
 from bedplate.errors import ContractError
@@ -96,6 +98,19 @@ class ForwardBatch:
                 "ForwardBatch is malformed: " + "; ".join(faults) + ". This is a mistake of "
                 "whoever built the batch; see docs/reference/vocabulary.md"
             )
+
+
+def pad_tokens(batch: ForwardBatch, num_tokens: int) -> ForwardBatch:
+    """The batch with so many rows; those behind its tokens belong to no request.
+
+    They are token 0 at position 0, in slot 0.
+    """
+    missing = num_tokens - batch.num_tokens
+    if missing <= 0:
+        return batch
+    rows = (batch.input_ids, batch.positions, batch.out_cache_loc)
+    input_ids, positions, slots = (functional.pad(row, (0, missing)) for row in rows)
+    return replace(batch, input_ids=input_ids, positions=positions, out_cache_loc=slots)
 
 
 _DTYPES = {

@@ -156,6 +156,14 @@ class AttentionBackend(ABC):
         Must not allocate outside the graph's pool, synchronise or read the host.
         """
 
+    def padded_tokens(self, batch: ForwardBatch) -> int:
+        """How many rows an eager pass with several new tokens should have. Optional; as it is.
+
+        Called before ``prepare``.  If it is more than the batch has, rows of padding follow
+        its tokens: token 0 at position 0, whose keys and values go to slot 0.
+        """
+        return batch.num_tokens
+
     def graph_key(self, batch: ForwardBatch) -> tuple[int, ...]:
         """Python integers that reach kernels in a graph and vary with the batch. Optional.
 

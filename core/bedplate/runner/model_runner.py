@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bedplate.batch.forward_batch import ForwardBatch, pad_tokens
 from bedplate.batch.forward_mode import CaptureHiddenMode
 from bedplate.batch.logits import LogitsOutput
 from bedplate.contract.attention import (
@@ -59,7 +60,6 @@ from bedplate.runner.pool_size import MemoryBudget, choose_pool_size
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bedplate.batch.forward_batch import ForwardBatch
     from bedplate.batch.schedule_batch import ScheduleBatch
     from bedplate.config import EngineConfig
     from bedplate.contract.memory import KVPool, TokenToKVPoolAllocator
@@ -411,6 +411,8 @@ class ModelRunner:
     def _eager(self, batch: ForwardBatch) -> LogitsOutput:
         if batch.mode.is_idle() or not batch.batch_size:
             return self._idle(batch)
+        if batch.logits_rows is not None and not batch.capture_hidden.need_capture():
+            batch = pad_tokens(batch, self.attention.padded_tokens(batch))
         self.attention.prepare(batch)
         self.attention.prepare_in_graph(batch)
         return self.model.forward(batch)

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
+from bedplate.batch.forward_batch import ExtendPart, ForwardBatch, pad_tokens
 from bedplate.batch.forward_mode import ForwardMode
 from bedplate.errors import ContractError
 
@@ -61,3 +61,13 @@ def test_all_faults_are_named_together():
 def test_it_stays_small():
     """A new field needs two unrelated models and two backends that read it."""
     assert len(fields(ForwardBatch)) <= 16
+
+
+def test_padding_follows_the_tokens_and_belongs_to_nobody():
+    batch = replace(a_batch(mode=ForwardMode.EXTEND), input_ids=torch.arange(5, 8))
+    padded = pad_tokens(batch, 5)
+    assert padded.input_ids.tolist() == [5, 6, 7, 0, 0]
+    assert padded.positions.tolist() == [0] * 5
+    assert padded.out_cache_loc.tolist() == [1, 1, 1, 0, 0]
+    assert (padded.batch_size, padded.num_tokens) == (3, 5)
+    assert pad_tokens(batch, 3) is pad_tokens(batch, 2) is batch

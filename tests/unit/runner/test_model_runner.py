@@ -236,6 +236,29 @@ def decision_of(made):
     return decision
 
 
+def test_an_eager_pass_has_the_rows_that_attention_asks_for(monkeypatch):
+    made = make(copied=True, attention="static")
+    made.initialize()
+    made.req_to_token_pool.req_to_token[1, :40] = torch.arange(1, 41, dtype=torch.int32)
+    prompt = replace(
+        dummy_prompt(40, torch.device("cpu")),
+        input_ids=torch.arange(40),
+        req_pool_indices=torch.ones(1, dtype=torch.int32),
+        out_cache_loc=torch.arange(1, 41, dtype=torch.int32),
+    )
+    seen = []
+    monkeypatch.setattr(made.attention, "padded_tokens", lambda batch: batch.num_tokens + 7)
+    monkeypatch.setattr(made.attention, "prepare", lambda batch: seen.append(batch.num_tokens))
+    with made.bound.runtime.inference_guard():
+        padded = made.forward_extend(prompt).next_token_logits
+        every = made.forward_extend(replace(prompt, logits_rows=None)).next_token_logits
+        assert seen == [47, 40]  # where all logits are wanted, rows are counted
+        assert len(every) == 40
+        monkeypatch.undo()
+        plain = made.forward_extend(prompt).next_token_logits
+    torch.testing.assert_close(padded, plain)
+
+
 def test_prompts_are_recorded_where_attention_can_be():
     made = make(
         copied=True, tape=True, graphs=True, capture_sizes=(1,), attention="static",
