@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from bedplate.reference.ops import PartialProduct
 
 
-_SLICE = 1 << 25
-"""Most numbers of the first product at a time: thousands of rows multiply no faster, each, than
-a thousand, and only take memory."""
+_WHOLE = 1 << 25
+"""Most numbers of the first product that are made at once."""
+_SLICE = 1 << 24
+"""Where there would be more, so many at a time: thousands of rows multiply no faster, each,
+than some hundreds, and only take memory."""
 
 
 class GluForm:
@@ -52,11 +54,13 @@ class GluForm:
         self._linear = providers["linear"].call
         self._norm_linear = providers["norm_linear"].call
         self._act_and_mul = providers["act_and_mul"].call
-        self._rows = 1 << max(1, _SLICE // len(merged.weight)).bit_length() - 1
+        width = len(merged.weight)
+        self._most_rows = _WHOLE // width
+        self._slice_rows = 1 << max(1, _SLICE // width).bit_length() - 1
 
     def fits(self, x: Tensor) -> bool:
         """Whether so many rows ``[…, C]`` are taken at once."""
-        return x.numel() <= self._rows * x.shape[-1]
+        return x.numel() <= self._most_rows * x.shape[-1]
 
     def run(self, x: Tensor) -> Tensor:
         """``[…, C]`` → ``[…, C]``; in slices where it does not fit."""
@@ -64,8 +68,8 @@ class GluForm:
             return self._run_all(x)
         out = x.new_empty((*x.shape[:-1], self._down.out_features))
         rows, places = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-        for begin in range(0, len(rows), self._rows):
-            some = slice(begin, begin + self._rows)
+        for begin in range(0, len(rows), self._slice_rows):
+            some = slice(begin, begin + self._slice_rows)
             places[some] = self._run_all(rows[some])
         return out
 

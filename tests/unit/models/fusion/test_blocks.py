@@ -247,14 +247,18 @@ def test_many_rows_go_through_a_block_in_slices(name, monkeypatch):
     rows = []
     bench = Bench(name, act_and_mul=act_and_mul)
     want = bench.logits(), bench.logits(1)
-    monkeypatch.setattr(glu, "_SLICE", 7 * bench.module.config.intermediate_size)
+    width = 2 * bench.module.config.intermediate_size
+    monkeypatch.setattr(glu, "_WHOLE", 7 * width)
+    monkeypatch.setattr(glu, "_SLICE", 3 * width)
     counts = bench.fuse().counts()
     layers = bench.model.spec.num_layers
     assert (counts["glu"], counts["layer"]) == (layers, layers)
     rows.clear()
     assert difference(bench.logits(), want[0]) <= 1e-5
-    assert rows == [2] * 4 * layers  # three fit; a power of two is taken
+    assert rows == [2] * 4 * layers  # seven of the eight fit; slices have a power of two
+    rows.clear()
     assert difference(bench.logits(1), want[1]) <= 1e-5
+    assert not rows  # the norm, the product and the gate are one operation
 
 
 def test_updates_reach_the_merged_matrices():
