@@ -67,11 +67,23 @@ class GluForm:
         if self.fits(x):
             return self._run_all(x)
         out = x.new_empty((*x.shape[:-1], self._down.out_features))
+        self._run_slices(x, out)
+        return out
+
+    def run_over(self, x: Tensor) -> Tensor:
+        """The same of ``x`` that nobody reads any more, which gets the result."""
+        same = x.is_contiguous() and self._down.out_features == x.shape[-1]
+        if self.fits(x) or not same:
+            return self.run(x)
+        self._run_slices(x, x)
+        return x
+
+    def _run_slices(self, x: Tensor, out: Tensor) -> None:
+        """From ``x`` to ``out``, contiguous, perhaps the same."""
         rows, places = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
         for begin in range(0, len(rows), self._slice_rows):
             some = slice(begin, begin + self._slice_rows)
             places[some] = self._run_all(rows[some])
-        return out
 
     def _run_all(self, x: Tensor) -> Tensor:
         # No names for what lies between: it would live on while the next is made.

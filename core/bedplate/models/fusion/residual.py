@@ -246,7 +246,7 @@ class LayerSite(Site):
         else:
             # The old ones are let go of before the block, which takes the most memory.
             a, h = _apply(self._add_norm, a, h, form.between)
-            m = self._run_block(a)
+            m = self._run_block(a) if glu is None else glu.run_over(a)
         return self._leave(self._scaled(m, form.after_block), h)
 
     def _parallel(self, *args: Any, **kwargs: Any) -> Any:

@@ -261,6 +261,23 @@ def test_many_rows_go_through_a_block_in_slices(name, monkeypatch):
     assert not rows  # the norm, the product and the gate are one operation
 
 
+def test_a_block_in_slices_may_take_the_place_of_its_input(monkeypatch):
+    bench = Bench("qwen3")
+    monkeypatch.setattr(glu, "_WHOLE", 0)
+    monkeypatch.setattr(glu, "_SLICE", 4 * bench.module.config.intermediate_size)
+    bench.fuse()
+    form = next(site.form for site in bench.plan.sites if site.pattern == "glu")
+    x = torch.randn(1, 7, bench.module.config.hidden_size)
+    want, place = form.run(x.clone()), x.data_ptr()
+    got = form.run_over(x)
+    assert torch.equal(got, want)
+    assert got.data_ptr() == place
+    apart = torch.randn(1, 7, 2 * x.shape[-1])[..., ::2]  # rows that are not adjacent stay
+    before = apart.clone()
+    assert torch.equal(form.run_over(apart), form.run(before))
+    assert torch.equal(apart, before)
+
+
 def test_updates_reach_the_merged_matrices():
     bench = Bench("qwen3")
     bench.fuse()
