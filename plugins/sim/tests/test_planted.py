@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import torch
 from bedplate import Engine, SamplingParams
 from bedplate.batch.forward_mode import ForwardMode
 from bedplate.batch.schedule_batch import ScheduleBatch
-from bedplate.runner import decode_loop
-from bedplate.runner.decode_loop import DecodeLoop
+from bedplate.runner import host_buffers
+from bedplate.runner.host_buffers import HostBuffers
 from bedplate.runner.staging import Staging
 from bedplate.testing.tiny_models import family, tiny_model
 from bedplate_sim.races import RaceError
@@ -29,14 +30,13 @@ class Reached:
         return True
 
 
-def careless(method):
-    """The method, with no memory of the copies under way."""
+take_buffer = HostBuffers.take
 
-    def run(self, *arguments):
-        self._copied = [None] * len(self._copied)
-        return method(self, *arguments)
 
-    return run
+def careless(self, num_bytes):
+    """``HostBuffers.take`` with no memory of the copies under way."""
+    self._copied = [None] * len(self._copied)
+    return take_buffer(self, num_bytes)
 
 
 def decode(step, size=3):
@@ -67,7 +67,7 @@ def test_staging_is_right(runtime):
 
 @pytest.mark.parametrize("schedule", ["eager", "lazy", "random", "threaded"])
 def test_staging_without_its_wait(take, schedule, monkeypatch):
-    monkeypatch.setattr(Staging, "_buffers", careless(Staging._buffers))
+    monkeypatch.setattr(HostBuffers, "take", careless)
     with pytest.raises(RaceError, match=r"Tensor\.numpy of pinned memory.*aten\.copy_"):
         stage(take(schedule=schedule))
 
@@ -113,9 +113,8 @@ def test_the_engine_without_the_wait_for_its_tokens(engine):
 def test_the_loop_of_recorded_steps_without_its_wait(engine, monkeypatch):
     loop = engine.runner.decode_loop
     assert all(output.finish_reason == "length" for output in generate(engine))
-    monkeypatch.setattr(decode_loop, "_BUFFERS", 1)  # else a step's own wait covers it
-    monkeypatch.setattr(DecodeLoop, "_send", careless(DecodeLoop._send))
-    monkeypatch.setattr(loop, "_host", loop._host[:1])
+    monkeypatch.setattr(host_buffers, "_COUNT", 1)  # else a step's own wait covers it
+    monkeypatch.setattr(loop._host, "take", partial(careless, loop._host))
     found = [output.error for output in generate(engine) if output.finish_reason == "error"]
     assert found
     assert all("Tensor.numpy of pinned memory" in error for error in found)
