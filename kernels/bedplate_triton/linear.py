@@ -343,6 +343,9 @@ def _skinny_parts(
     padded = max(16, power_of_two(count))
     width, depth, splits = config["block_n"], config["block_k"], config["splits"]
     splits = min(splits, cdiv(size, depth))
+    # Numbers of four bytes take twice the registers, for which no sizes were sought.
+    most = cdiv(cdiv(size, depth), splits) if x.element_size() <= 2 else 0
+    early = min(int(config["early"]), most)
     bias = None if bias is None else bias.contiguous()
     out = parts = None
     if splits > 1:
@@ -354,9 +357,9 @@ def _skinny_parts(
     _skinny[(cdiv(outputs, width // least), splits)](
         rows, weight, bias, out, parts, count, x_row, weight.stride(0),
         N=n, E=size, BLOCK_M=padded, BLOCK_N=width, BLOCK_K=depth, SPLITS=splits,
-        SWAP=config["swap"], EARLY=config["early"], ACT=act, EVICT=config["evict"],
+        SWAP=config["swap"], EARLY=early, ACT=act, EVICT=config["evict"],
         num_warps=config["num_warps"],
-        num_stages=max(1, min(config["num_stages"], stages - config["early"])),
+        num_stages=max(1, min(config["num_stages"], stages - early)),
         **features.chain.arguments(config["release"]),
     )  # fmt: skip
     if parts is not None:
@@ -600,15 +603,15 @@ def _skinny(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     tiles = _nothing_yet()
-    for part in tl.static_range(min(EARLY, share)):
+    for part in tl.static_range(EARLY):
         tiles = tiles + (_weights(ours, column, part * BLOCK_K, E, whole, EVICT),)
     WAIT()
     early = _nothing_yet()
-    for part in tl.static_range(min(EARLY, share)):
+    for part in tl.static_range(EARLY):
         early = early + (_rows(theirs, real, column, part * BLOCK_K, E, whole),)
-    for part in tl.static_range(min(EARLY, share)):
+    for part in tl.static_range(EARLY):
         acc = _product(early[part], tiles[part], acc, SWAP)
-    for part in tl.range(min(EARLY, share), share):
+    for part in tl.range(EARLY, share):
         tile = _weights(ours, column, part * BLOCK_K, E, whole, EVICT)
         values = _rows(theirs, real, column, part * BLOCK_K, E, whole)
         acc = _product(values, tile, acc, SWAP)

@@ -155,7 +155,9 @@ def test_a_cache_of_eight_bits(call, fresh, stored_as, request):
     if call == "latent" and fresh != FRESH["decode"] and DEVICE.type != "cpu":
         # Should it pass, the provider need not refuse it any more: that is to be noticed.
         reason = "fails on an H200 with Triton 3.6.0, so that the provider refuses it"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+        request.applymarker(
+            pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError)
+        )
         check_apart(call, fresh, stored_as)
     else:
         check(CALLS[call], LENGTHS, fresh, torch.float16, stored_as=stored_as)
@@ -172,13 +174,23 @@ def check_apart(call, fresh, stored_as):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    assert child.returncode == 0, child.stderr[-500:]
+    said = child.stderr[-500:]
+    if child.returncode and not any(
+        sign in child.stderr for sign in ("not close", "CUDA error")
+    ):
+        pytest.fail(said)  # which is no assertion: nobody expects it
+    assert child.returncode == 0, said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("call", "passes"), [("plain", True), ("nobody", False)])
-def test_a_check_in_a_process_of_its_own_says_how_it_ended(call, passes):
-    with nullcontext() if passes else pytest.raises(AssertionError, match="KeyError"):
+@pytest.mark.accelerator
+@pytest.mark.parametrize(
+    ("call", "ends"),
+    [("plain", None), ("nobody", pytest.fail.Exception)],
+    ids=["well", "in another mistake"],
+)
+def test_a_check_in_a_process_of_its_own_says_how_it_ended(call, ends):
+    with nullcontext() if ends is None else pytest.raises(ends, match="KeyError"):
         check_apart(call, FRESH["decode"], torch.float8_e5m2)
 
 

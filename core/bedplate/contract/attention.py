@@ -157,10 +157,12 @@ class AttentionBackend(ABC):
         """
 
     def padded_tokens(self, batch: ForwardBatch) -> int:
-        """How many rows an eager pass with several new tokens should have. Optional; as it is.
+        """How many rows an eager pass with several new tokens should have. Optional.
 
-        Called before ``prepare``.  If it is more than the batch has, rows of padding follow
-        its tokens: token 0 at position 0, whose keys and values go to slot 0.
+        Without it the batch stays as it is.  Called before ``prepare``, unless all logits or
+        hidden states are wanted.  If it is more than the batch has, rows of padding follow its
+        tokens: token 0 at position 0, whose keys and values go to slot 0.  What is returned
+        for them must be finite, as the next layer reads it.
         """
         return batch.num_tokens
 

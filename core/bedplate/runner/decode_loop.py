@@ -89,9 +89,8 @@ class DecodeLoop:
         size = HEADER_WIDTH + CHANGE_WIDTH * max_batch_size
         self._changes = torch.zeros(size, dtype=torch.int32, device=device)
         self._host = HostBuffers(runtime, size * 4)
-        self._host_settings = HostBuffers(
-            runtime, _SETTING_BYTES * (1 + len(fields(SamplingTables)))
-        )
+        columns = 1 + len(fields(SamplingTables))
+        self._host_settings = HostBuffers(runtime, _SETTING_BYTES * columns * rows)
         self._header = (0, 0, 0)
         self._mirror = np.zeros((3, max_batch_size), np.int32)
         self._count = 0

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["HostBuffers"]
+__all__ = ["BUFFERS", "HostBuffers"]
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from bedplate.contract.runtime import DeviceRuntime, Event
 
-_COUNT = 2
+BUFFERS = 2
 """A step may be packed while the copy of the one before it is still under way."""
 
 
@@ -27,17 +27,15 @@ class HostBuffers:
         turn: Which of them was taken last.
     """
 
-    count = _COUNT
-
     def __init__(self, runtime: DeviceRuntime, capacity_bytes: int) -> None:
         self._runtime = runtime
-        self._buffers = [runtime.empty_host(capacity_bytes) for _ in range(_COUNT)]
-        self._copied: list[Event | None] = [None] * _COUNT
+        self._buffers = [runtime.empty_host(capacity_bytes) for _ in range(BUFFERS)]
+        self._copied: list[Event | None] = [None] * BUFFERS
         self.turn = 0
 
     def take(self, num_bytes: int) -> Tensor:
         """``[num_bytes]`` uint8 of the next buffer; to be followed by a copy and ``sent``."""
-        self.turn = (self.turn + 1) % _COUNT
+        self.turn = (self.turn + 1) % BUFFERS
         pending = self._copied[self.turn]
         if pending is not None:
             pending.synchronize()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bedplate.batch.forward_batch import ExtendPart, ForwardBatch
 from bedplate.errors import InternalError
-from bedplate.runner.host_buffers import HostBuffers
+from bedplate.runner.host_buffers import BUFFERS, HostBuffers
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -150,7 +150,7 @@ class Staging:
     def _on_device(self, num_bytes: int) -> list[Tensor]:
         return [
             torch.empty(num_bytes, dtype=torch.uint8, device=self._runtime.device)
-            for _ in range(self._host.count)
+            for _ in range(BUFFERS)
         ]
 
     def _cut(self, batch: ScheduleBatch, tensors: dict[str, Tensor]) -> ForwardBatch:

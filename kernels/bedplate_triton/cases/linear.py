@@ -110,7 +110,7 @@ def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return wide.to(x.dtype)
 
 
-def _case(name: str, **facts: Any) -> Case:
+def _case(name: str, *, small: bool = True, **facts: Any) -> Case:
     return Case(
         op="norm_linear" if "order" in facts else "linear",
         name=name,
@@ -118,6 +118,7 @@ def _case(name: str, **facts: Any) -> Case:
         run=_run,
         reference=_reference,
         tolerance=_TOLERANCE[facts.get("dtype", torch.bfloat16)],
+        small=small,
     )
 
 
@@ -174,6 +175,14 @@ CASES = (
     ),
     _case(
         "five rows, norm and silu", rows=(5,), n=74, size=72, order="weight_fp32", act="silu"
+    ),
+    _case(
+        "eight rows of float32, features of a model",
+        small=False,
+        rows=(8,),
+        n=1024,
+        size=3072,
+        dtype=torch.float32,
     ),
     *(
         _large(model, layer, rows)

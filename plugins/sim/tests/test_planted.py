@@ -113,7 +113,7 @@ def test_the_engine_without_the_wait_for_its_tokens(engine):
 def test_the_loop_of_recorded_steps_without_its_wait(engine, monkeypatch):
     loop = engine.runner.decode_loop
     assert all(output.finish_reason == "length" for output in generate(engine))
-    monkeypatch.setattr(host_buffers, "_COUNT", 1)  # else a step's own wait covers it
+    monkeypatch.setattr(host_buffers, "BUFFERS", 1)  # else a step's own wait covers it
     monkeypatch.setattr(loop._host, "take", partial(careless, loop._host))
     found = [output.error for output in generate(engine) if output.finish_reason == "error"]
     assert found
