@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 MAX_SIZE = 32768
 """Largest E: one program holds a whole row in registers."""
-_MANY_ROWS = 128
-"""More rows choose no other sizes."""
 
 
 def rms_norm(
@@ -125,8 +123,7 @@ def _launch(
     x, runs = (x, [(out.numel() // size, size)]) if splits else _runs(x)
     # Without a run its step is never taken; E has the alignment that other calls have.
     (outer, outer_step), (inner, inner_step) = [(1, size)] * (2 - len(runs)) + runs
-    class_of_rows = min(power_of_two(outer * inner), _MANY_ROWS)
-    config = configs.choose("norm", features, size=size, rows=class_of_rows)
+    config = configs.choose("norm", features, size=size)
     tile = config["rows"]
     _norm_rows[(cdiv(outer * inner, tile),)](
         x, x_bias, _contiguous(residual), _contiguous(weight), _contiguous(bias), out, total,

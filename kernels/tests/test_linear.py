@@ -197,16 +197,21 @@ def test_refuses_a_form_that_cannot_serve(form, rows, given, sized):
         linear.linear(x, given["weight"], features=FEATURES)
 
 
+CHAINED = (
+    "from bedplate_triton.features import Chain, Features\n"
+    "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
+    "chain = Chain(wait=gdc_wait, release=gdc_launch_dependents,\n"
+    "              options={'launch_pdl': True})\n"
+    "features = Features(arch='sm_90', cores=132, shared_bytes=227 << 10, chain=chain)\n"
+    "draw = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device='meta')\n"
+)
+"""A device that chains launches, and tensors of it."""
+
+
 def test_weights_stream_before_the_input_may_be_read():
     compiled = compile_launches(
         "bedplate_triton.linear",
-        "from bedplate_triton.features import Chain, Features\n"
-        "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
-        "chain = Chain(wait=gdc_wait, release=gdc_launch_dependents,\n"
-        "              options={'launch_pdl': True})\n"
-        "features = Features(arch='sm_90', cores=132, shared_bytes=227 << 10, chain=chain)\n"
-        "draw = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device='meta')\n"
-        "x, weight = draw(1, 4096), draw(6144, 4096)\n"
+        CHAINED + "x, weight = draw(1, 4096), draw(6144, 4096)\n"
         "linear(x, weight, features=features)\n"
         "norm_linear(x, x, draw(4096), None, 1e-6, 'weight_after_cast', weight, None, 'silu',\n"
         "            features=features)",
@@ -226,13 +231,7 @@ def test_weights_stream_before_the_input_may_be_read():
 def test_as_many_tiles_are_read_early_as_asked():
     compiled = compile_launches(
         "bedplate_triton.linear",
-        "from bedplate_triton import configs\n"
-        "from bedplate_triton.features import Chain, Features\n"
-        "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
-        "chain = Chain(wait=gdc_wait, release=gdc_launch_dependents,\n"
-        "              options={'launch_pdl': True})\n"
-        "features = Features(arch='sm_90', cores=132, shared_bytes=227 << 10, chain=chain)\n"
-        "draw = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device='meta')\n"
+        CHAINED + "from bedplate_triton import configs\n"
         "for early in (0, 1, 3):\n"
         "    with configs.override('linear', early=early):\n"
         "        linear(draw(8, 1024), draw(4096, 1024), features=features)",

@@ -206,6 +206,21 @@ def test_one_launch_reads_nothing_on_the_host(monkeypatch):
     assert [call[-1] for call in seen] == [(8,)]
 
 
+def test_sizes_are_those_of_the_features_alone(monkeypatch):
+    """Other sizes would add in another order, and a row have other bits in a larger batch."""
+    choose, keys = norm.configs.choose, []
+
+    def note(op, features, **key):
+        keys.append(key)
+        return choose(op, features, **key)
+
+    monkeypatch.setattr(norm.configs, "choose", note)
+    for rows in (1, 300):
+        x = torch.ones((rows, 8))
+        norm.rms_norm(x, x[0], 1e-6, "weight_fp32", features=Features())
+    assert keys == [{"size": 8}] * 2
+
+
 @pytest.fixture
 def registry():
     operations = Operations(reference.OPERATIONS, DecisionLog(), "here")

@@ -67,9 +67,10 @@ class TritonAttention(PagedAttention):
         """Host integers of a pass with several new tokens; decode needs none."""
         super().prepare(batch)
         if batch.extend is not None:
-            counts = batch.extend.seq_lens_cpu.tolist()
-            fresh = _are_fresh(batch.extend)
-            self._prompts = _slices(counts, batch.num_tokens) if fresh else []
+            self._prompts = []
+            if _are_fresh(batch.extend):
+                counts = batch.extend.seq_lens_cpu.tolist()
+                self._prompts = _slices(counts, batch.num_tokens)
 
     def padded_tokens(self, batch: ForwardBatch) -> int:
         """So many that the last prompt has a length that cuDNN has a plan for."""
